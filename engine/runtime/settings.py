@@ -1,0 +1,128 @@
+"""Every setting, with its unit in its name and its reason beside it. Environment prefix: NAVSTREAM_."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+import msgspec
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+JWT_SECRET_BYTES_MIN = 32
+
+
+class ReadyFile(msgspec.Struct, frozen=True, kw_only=True):
+    """What a started system tells others: written by `navstream up --ready-file`, read by the other commands."""
+
+    graphql_url: str
+    ws_url: str
+    redis_url: str
+    postgres_url: str
+    kafka_bootstrap: str
+    topic: str
+    jwt_secret: str
+    market_clock: str
+    pids: dict[str, int]
+
+
+class Settings(BaseSettings):
+    """One process's settings, read once from the environment by its composition root."""
+
+    model_config = SettingsConfigDict(env_prefix="NAVSTREAM_", frozen=True, extra="ignore")
+
+    redis_url: str = ""
+    postgres_url: str = ""
+    kafka_bootstrap: str = ""
+    topic: str = "portfolio-events"
+    # Offsets are kept per log: empty means the Kafka cluster's own id.
+    kafka_log_id: str = ""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = ()
+
+    jwt_secret: SecretStr = SecretStr("")
+    jwt_jwks_url: str = ""
+    jwt_audience: str = "navstream"
+    jwt_issuer: str = "navstream"
+
+    # A JSON text (engine.runtime.clock) when the program's time is a recorded market's; empty for wall time.
+    market_clock: str = ""
+    log_level: str = "INFO"
+    # Where a worker serves its metrics; 0 is nowhere. The API serves its own on its port.
+    metrics_port: int = 0
+
+    # Marks reach hot state at most this long after the tick that moved them.
+    flush_interval_ms: int = Field(default=100, ge=5, le=10_000)
+    lease_duration_ms: int = Field(default=3_000, ge=1_000)
+    lease_renewal_interval_ms: int = Field(default=1_000, ge=100)
+    event_batch_count_max: int = Field(default=500, ge=1, le=10_000)
+    # A price older than this is flagged STALE. Quotes of a closed market are not told apart yet.
+    stale_after_s: int = Field(default=900, ge=1)
+    # Bounds the memory that a flood of unheard-of symbols can take, in `prices` and in every Book.
+    symbols_count_max: int = Field(default=20_000, ge=1)
+    quotes_publish_interval_ms: int = Field(default=10, ge=1, le=1_000)
+    # A quote stamped further ahead than this is time travel and dropped.
+    quote_future_tolerance_ms: int = Field(default=5_000, ge=0)
+    snapshot_poll_interval_ms: int = Field(default=200, ge=50)
+
+    # What one client may ask for. Each is refused or closed with a code when exceeded.
+    query_depth_max: int = 12
+    query_aliases_max: int = 30
+    query_tokens_max: int = 1_000
+    # Rows of one answer, counted before it is run: 200 portfolios of 200 positions would hold the loop for seconds.
+    query_objects_max: int = 10_000
+    body_bytes_max: int = 64 * 1024
+    ws_message_bytes_max: int = 64 * 1024
+    sockets_per_subject_max: int = 100
+    operations_per_socket_max: int = 50
+    connection_init_timeout_s: int = 10
+    send_timeout_s: int = 5
+    heartbeat_interval_s: int = 15
+    page_size_max: int = 200
+    rate_hz_max: int = 20
+    # A feed without a frame or heartbeat (one comes every second) for this long is taken for dead and made anew.
+    feed_silence_max_ms: int = Field(5_000, ge=100)
+    # How long a mutation waits for Kafka before it answers UNAVAILABLE.
+    acknowledge_timeout_s: int = Field(15, ge=1)
+
+    redis_timeout_s: int = Field(default=1, ge=1)
+    postgres_timeout_s: int = Field(default=10, ge=1)
+    postgres_pool_size: int = Field(default=8, ge=1)
+
+    @field_validator("allowed_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    def using(self, ready: ReadyFile) -> Self:
+        """These settings, pointed at a system that is already running."""
+        return self.model_copy(
+            update={
+                "redis_url": ready.redis_url,
+                "postgres_url": ready.postgres_url,
+                "kafka_bootstrap": ready.kafka_bootstrap,
+                "topic": ready.topic,
+                "jwt_secret": SecretStr(ready.jwt_secret),
+                "market_clock": ready.market_clock,
+            }
+        )
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which a child process gets the same servers, clock and secret."""
+        return {
+            "NAVSTREAM_REDIS_URL": self.redis_url,
+            "NAVSTREAM_POSTGRES_URL": self.postgres_url,
+            "NAVSTREAM_KAFKA_BOOTSTRAP": self.kafka_bootstrap,
+            "NAVSTREAM_TOPIC": self.topic,
+            "NAVSTREAM_JWT_SECRET": self.jwt_secret.get_secret_value(),
+            "NAVSTREAM_MARKET_CLOCK": self.market_clock,
+            "NAVSTREAM_PORT": str(self.port),
+            "NAVSTREAM_LOG_LEVEL": self.log_level,
+        }
+
+
+def read_ready_file(path: Path) -> ReadyFile:
+    """Raises FileNotFoundError, or msgspec.MsgspecError when the file is not a ready file."""
+    return msgspec.json.decode(path.read_bytes(), type=ReadyFile)

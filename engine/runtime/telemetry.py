@@ -1,0 +1,63 @@
+"""Logs and metrics of one process.
+
+Logs are JSON lines on standard error, readable text when that is a terminal; every line carries its role. Metrics
+are Prometheus counters, gauges and histograms; a worker serves them on `metrics_port` (0: not at all), the API on
+`/metrics`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+from engine.runtime.settings import Settings
+
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+
+EVENTS = Counter("navstream_events_total", "Portfolio events by outcome", ["outcome"])
+DEAD_LETTERS = Counter("navstream_dead_letters_total", "Events that will never be booked, by reason", ["code"])
+UNCLASSIFIED = Counter("navstream_unclassified_assets_total", "Assets created by a fill in an unknown symbol")
+QUOTES_APPLIED = Counter("navstream_quotes_applied_total", "Quotes applied to the Book after conflation")
+QUOTES_CONFLATED = Counter("navstream_quotes_conflated_total", "Quotes replaced by a newer one within a window")
+QUOTES_REFUSED = Counter("navstream_quotes_refused_total", "Quotes whose values would leave the exact range")
+QUOTE_GAPS = Counter("navstream_quote_gaps_total", "Lost quote frames noticed; `prices` was read again")
+FLUSHES = Counter("navstream_flushes_total", "Flushes of a shard by outcome", ["outcome"])
+ROWS_FLUSHED = Counter("navstream_marks_written_total", "Marks written to hot state")
+MARKS_WITHHELD = Counter("navstream_marks_withheld_total", "Marks out of the showable range, not written")
+SHARDS_OWNED = Gauge("navstream_shards_owned", "Shards this evaluator owns")
+POSITIONS_HELD = Gauge("navstream_positions_held", "Open positions in the Book")
+TICK_TO_HOT = Histogram(
+    "navstream_tick_to_hot_seconds",
+    "Oldest quote of a flush until its marks are in hot state",
+    buckets=LATENCY_BUCKETS_S,
+)
+BOOKING_TIME = Histogram("navstream_booking_seconds", "One ledger transaction", buckets=LATENCY_BUCKETS_S)
+SNAPSHOTS = Counter("navstream_snapshots_total", "Equity snapshots written")
+SNAPSHOT_GAPS = Counter("navstream_snapshot_gaps_total", "Grid instants without snapshots")
+
+
+def start_telemetry(settings: Settings, role: str) -> None:
+    """Configure this process's logs and serve its metrics. Call once, from the composition root."""
+    terminal = sys.stderr.isatty()
+    renderer = structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(role=role)
+    # Client libraries repeat every failed attempt; what matters of it is logged once by connections.Outage.
+    for name in ("aiokafka", "strawberry", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if settings.metrics_port:
+        start_http_server(settings.metrics_port, settings.host)
