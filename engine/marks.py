@@ -1,0 +1,159 @@
+"""A mark: what one portfolio is worth at one instant, as 104 bytes.
+
+The evaluator writes marks as a numpy record array, Redis keeps one per portfolio, frames on `marks:{shard}` carry
+the changed ones, the API reads them back. Amounts are int64 micro-units (10⁻⁶ of the base currency).
+
+    nav = cash + positions_value                 unrealized = positions_value − Σ cost
+    day_pnl = nav − nav at the cut − external flows since the cut
+    day_pnl_ratio_e12 = time-weighted return since the cut × 10¹², or UNKNOWN
+
+`sequence` grows with every flush of the shard within an `epoch`, which grows with every change of the shard's
+owner: (epoch, sequence) orders all marks of a portfolio. `ledger_sequence` counts the ledger entries included.
+
+Frame layout (little-endian), one per shard and flush:
+
+    FrameHeader | for each id length: u16 id_length, u16 0, u32 count, count × id, count × MARK
+
+A frame without rows is a heartbeat.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MARK = np.dtype(
+    [
+        ("nav", "<i8"),
+        ("cash", "<i8"),
+        ("positions_value", "<i8"),
+        ("unrealized", "<i8"),
+        ("realized", "<i8"),
+        ("fees", "<i8"),
+        ("day_pnl", "<i8"),
+        ("day_pnl_ratio_e12", "<i8"),
+        ("day_cut_at_ns", "<i8"),
+        ("as_of_ns", "<i8"),
+        ("sequence", "<i8"),
+        ("ledger_sequence", "<i8"),
+        ("quality", "<i8"),
+    ]
+)
+UNKNOWN = -(2**63)
+RATIO_SCALE = 10**12
+
+MarkArray = NDArray[np.void]
+
+
+class MarkQuality(IntEnum):
+    """How good the prices behind a figure are; a NAV carries the worst (largest) of its positions."""
+
+    LIVE = 0
+    STALE = 1
+    MISSING = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One mark, decoded: amounts in micro-units, instants in nanoseconds since 1970 (UTC)."""
+
+    nav: int
+    cash: int
+    positions_value: int
+    unrealized: int
+    realized: int
+    fees: int
+    day_pnl: int
+    day_pnl_ratio_e12: int | None
+    day_cut_at_ns: int
+    as_of_ns: int
+    sequence: int
+    ledger_sequence: int
+    quality: MarkQuality
+    epoch: int
+
+
+_MARK_STRUCT = struct.Struct("<13q")
+assert _MARK_STRUCT.size == MARK.itemsize
+
+_HEADER = struct.Struct("<4sIqqqqq")
+_GROUP = struct.Struct("<HHI")
+_MAGIC = b"NVM1"
+
+
+def decode_mark(data: bytes | memoryview, epoch: int) -> Mark:
+    """Read one packed mark. Raises ValueError when it does not have exactly MARK's size."""
+    if len(data) != MARK.itemsize:
+        raise ValueError(f"a mark has {MARK.itemsize} bytes, not {len(data)}")
+    fields: list[Any] = list(_MARK_STRUCT.unpack(data))
+    fields[7] = None if fields[7] == UNKNOWN else fields[7]
+    fields[12] = MarkQuality(fields[12])
+    fields.append(epoch)
+    return Mark(*fields)
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """`sequence` is the flush that made the frame; `previous_sequence` the one before it, so a gap shows."""
+
+    shard: int
+    epoch: int
+    sequence: int
+    previous_sequence: int
+    flushed_at_ns: int
+    oldest_event_ns: int
+
+
+def frame_parts(header: FrameHeader, groups: Iterable[tuple[int, bytes, bytes]]) -> list[bytes]:
+    """A frame as pieces to be sent one after another; each group is (id length, the ids joined, the marks' bytes)."""
+    parts = [
+        _HEADER.pack(
+            _MAGIC,
+            header.shard,
+            header.epoch,
+            header.sequence,
+            header.previous_sequence,
+            header.flushed_at_ns,
+            header.oldest_event_ns,
+        )
+    ]
+    for id_length, ids, marks in groups:
+        parts += (_GROUP.pack(id_length, 0, len(ids) // id_length), ids, marks)
+    return parts
+
+
+def encode_frame(header: FrameHeader, groups: Iterable[tuple[int, bytes, bytes]]) -> bytes:
+    """A frame in one piece."""
+    return b"".join(frame_parts(header, groups))
+
+
+def decode_frame(data: bytes) -> tuple[FrameHeader, Iterator[tuple[list[bytes], memoryview]]]:
+    """Read a frame: its header, and for each group the portfolio ids (bytes) and the packed marks in that order.
+
+    Raises ValueError when the bytes are not a frame.
+    """
+    if len(data) < _HEADER.size or data[:4] != _MAGIC:
+        raise ValueError("not a marks frame")
+    _, shard, *rest = _HEADER.unpack_from(data)
+    return FrameHeader(shard, *rest), _groups(data)
+
+
+def _groups(data: bytes) -> Iterator[tuple[list[bytes], memoryview]]:
+    view, offset = memoryview(data), _HEADER.size
+    while offset < len(data):
+        ids_at = offset + _GROUP.size
+        if ids_at > len(data):
+            raise ValueError("a marks frame is cut short")
+        id_length, _, count = _GROUP.unpack_from(data, offset)
+        marks_at = ids_at + id_length * count
+        offset = marks_at + MARK.itemsize * count
+        if offset > len(data) or not id_length:
+            raise ValueError("a marks frame is cut short")
+        ids = [bytes(view[at : at + id_length]) for at in range(ids_at, marks_at, id_length)]
+        yield ids, view[marks_at:offset]

@@ -1,0 +1,215 @@
+"""What crosses a process boundary: frozen, typed, made once.
+
+Portfolio events arrive over Kafka as JSON (decimals are strings, instants RFC 3339). Decoding is strict: an
+unknown field, a wrong type or a broken rule raises `EventRejected` with a stable code, which becomes the reason
+of the dead letter. Quotes travel over Redis Pub/Sub as batched msgpack frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Literal
+
+import msgspec
+
+from engine.amounts import AmountError, check_amount, parse_amount, parse_number, value_micro
+
+EVENT_BYTES_MAX = 64 * 1024  # a fill is under 1 KiB; anything larger is not one of ours
+IDENTIFIER_LENGTH_MAX = 64
+TEXT_LENGTH_MAX = 200
+CURRENCIES = frozenset({"USD", "EUR", "GBP", "CHF", "JPY", "CAD", "AUD"})
+
+_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=^@-]{0,63}")
+
+CashKind = Literal["DEPOSIT", "WITHDRAWAL", "REWARD", "FEE", "INTEREST", "DIVIDEND"]
+Side = Literal["BUY", "SELL"]
+
+
+class EventRejected(ValueError):
+    """An event that will never be booked; `code` says why and is the dead letter's reason."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", kw_only=True):
+    event_id: str
+    portfolio_id: str
+    v: Literal[1] = 1
+
+
+class FillEvent(_Event, frozen=True, tag="fill", kw_only=True):
+    """An execution: `quantity` > 0 at `price` > 0, `fee` ≥ 0 on top; `side` gives the sign."""
+
+    symbol: str
+    side: Side
+    quantity: str
+    price: str
+    currency: str
+    executed_at: datetime
+    fee: str = "0"
+    order_id: str | None = None
+    venue: str | None = None
+
+
+class CashEvent(_Event, frozen=True, tag="cash", kw_only=True):
+    """A cash movement of `amount` > 0; `kind` gives the sign (WITHDRAWAL and FEE leave the portfolio)."""
+
+    kind: CashKind
+    amount: str
+    currency: str
+    effective_at: datetime
+    reference: str | None = None
+
+
+class OpenEvent(_Event, frozen=True, tag="open", kw_only=True):
+    """A portfolio begins to exist. Only `day_cut` "00:00 UTC" is taken."""
+
+    owner: str
+    name: str
+    base_currency: str
+    opened_at: datetime
+    day_cut: str = "00:00 UTC"
+
+
+PortfolioEvent = FillEvent | CashEvent | OpenEvent
+
+_decoder: msgspec.json.Decoder[PortfolioEvent] = msgspec.json.Decoder(PortfolioEvent)
+_encoder = msgspec.json.Encoder()
+
+
+def decode_event(data: bytes | None) -> PortfolioEvent:
+    """Decode and check one Kafka value. Raises EventRejected with one of the codes
+
+    EMPTY, TOO_LONG, MALFORMED, BAD_IDENTIFIER, BAD_TEXT, BAD_CURRENCY, BAD_INSTANT, BAD_DAY_CUT, NOT_POSITIVE,
+    NEGATIVE_FEE, and those of AmountError.
+    """
+    if not data:
+        raise EventRejected("EMPTY", "the message has no value")
+    if len(data) > EVENT_BYTES_MAX:
+        raise EventRejected("TOO_LONG", f"the message has more than {EVENT_BYTES_MAX} bytes")
+    try:
+        event = _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise EventRejected("MALFORMED", str(error)) from None
+    check_event(event)
+    return event
+
+
+def encode_event(event: PortfolioEvent) -> bytes:
+    return _encoder.encode(event)
+
+
+def check_event(event: PortfolioEvent) -> None:
+    """Every rule that needs no state. Raises EventRejected."""
+    _check_identifier(event.event_id, "event_id")
+    _check_identifier(event.portfolio_id, "portfolio_id")
+    try:
+        if isinstance(event, FillEvent):
+            _check_fill(event)
+        elif isinstance(event, CashEvent):
+            _check_instant(event.effective_at, "effective_at")
+            _check_currency(event.currency)
+            _check_text(event.reference, "reference")
+            _check_positive(parse_amount(event.amount, "amount"), "amount")
+        else:
+            _check_open(event)
+    except AmountError as error:
+        raise EventRejected(error.code, str(error)) from None
+
+
+def content_hash(event: PortfolioEvent) -> bytes:
+    """32 bytes over what the event says, so that a redelivery is told from the same id with other content."""
+    return hashlib.sha256(_encoder.encode(event)).digest()
+
+
+def _check_fill(event: FillEvent) -> None:
+    check_symbol(event.symbol)
+    _check_currency(event.currency)
+    _check_instant(event.executed_at, "executed_at")
+    _check_text(event.order_id, "order_id")
+    _check_text(event.venue, "venue")
+    quantity = parse_number(event.quantity, "quantity")
+    price = parse_number(event.price, "price")
+    _check_positive(quantity, "quantity")
+    _check_positive(price, "price")
+    check_amount(value_micro(quantity, price), "quantity × price")
+    if parse_amount(event.fee, "fee") < 0:
+        raise EventRejected("NEGATIVE_FEE", "fee is negative")
+
+
+def _check_open(event: OpenEvent) -> None:
+    _check_identifier(event.owner, "owner")
+    _check_currency(event.base_currency)
+    _check_instant(event.opened_at, "opened_at")
+    _check_text(event.name, "name")
+    if not event.name.strip():
+        raise EventRejected("BAD_TEXT", "name is empty")
+    if event.day_cut != "00:00 UTC":
+        raise EventRejected("BAD_DAY_CUT", f"day_cut {event.day_cut[:40]!r} is not supported")
+
+
+def check_symbol(symbol: str) -> None:
+    """A symbol is 1 to 64 ASCII letters, digits and ``. _ : / = ^ @ -``, beginning with a letter or digit."""
+    _check_identifier(symbol, "symbol")
+
+
+def _check_identifier(value: str, name: str) -> None:
+    if not _IDENTIFIER.fullmatch(value):
+        raise EventRejected("BAD_IDENTIFIER", f"{name} is not an identifier: {value[:80]!r}")
+
+
+def _check_text(value: str | None, name: str) -> None:
+    if value is not None and (len(value) > TEXT_LENGTH_MAX or not value.isprintable()):
+        raise EventRejected("BAD_TEXT", f"{name} is longer than {TEXT_LENGTH_MAX} or not printable")
+
+
+def _check_currency(value: str) -> None:
+    if value not in CURRENCIES:
+        raise EventRejected("BAD_CURRENCY", f"currency {value[:10]!r} is not known")
+
+
+def _check_instant(value: datetime, name: str) -> None:
+    if value.tzinfo is None:
+        raise EventRejected("BAD_INSTANT", f"{name} has no time zone")
+    # The plain year first: at the calendar's ends the conversion to UTC overflows.
+    if not 1969 <= value.year <= 2200 or not 1970 <= value.astimezone(UTC).year < 2200:
+        raise EventRejected("BAD_INSTANT", f"{name} is out of range")
+
+
+def _check_positive(value: Decimal | int, name: str) -> None:
+    if value <= 0:
+        raise EventRejected("NOT_POSITIVE", f"{name} is not positive")
+
+
+class Quote(msgspec.Struct, frozen=True, array_like=True):
+    """One accepted price. `price` is plain decimal text; `sequence` is None where the source numbers nothing."""
+
+    symbol: str
+    price: str
+    ts_event_ns: int
+    source: str
+    sequence: int | None = None
+
+
+class QuoteFrame(msgspec.Struct, frozen=True, array_like=True):
+    """What travels on the channel `quotes`: at most one quote per symbol, the latest.
+
+    `sequence` grows by one per frame of one `publisher` (a process's random id); a gap means that frames were
+    lost and `prices` is to be read again. An empty frame is a heartbeat.
+    """
+
+    publisher: str
+    sequence: int
+    published_at_ns: int
+    quotes: list[Quote]
+
+
+quote_frame_encoder = msgspec.msgpack.Encoder()
+quote_frame_decoder: msgspec.msgpack.Decoder[QuoteFrame] = msgspec.msgpack.Decoder(QuoteFrame)
+quote_encoder = msgspec.msgpack.Encoder()
+quote_decoder: msgspec.msgpack.Decoder[Quote] = msgspec.msgpack.Decoder(Quote)

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.amounts import parse_number
+from engine.assets import AssetClass
+from engine.messages import Quote
+from engine.quotes import BANDS, SOURCES_COUNT_MAX, QuoteFilter, RawQuote, Verdict, trim_number
+
+NOW_NS = 1_795_000_000_000_000_000
+TOLERANCE_NS = 5_000_000_000
+CLASSES = {"AAPL": AssetClass.EQUITY, "BTC-USD": AssetClass.CRYPTO, "XAU-USD": AssetClass.COMMODITY}
+
+
+def make_filter(symbols_count_max: int = 100) -> QuoteFilter:
+    return QuoteFilter(CLASSES, symbols_count_max, TOLERANCE_NS)
+
+
+def raw(
+    price: str, sequence: int | None = None, *, at: int = 0, symbol: str = "AAPL", source: str = "feed"
+) -> RawQuote:
+    return RawQuote(symbol, price, NOW_NS + at, source, sequence)
+
+
+def verdicts(quote_filter: QuoteFilter, *quotes: RawQuote) -> list[str]:
+    return [quote_filter.judge(quote, NOW_NS)[0].value for quote in quotes]
+
+
+def test_golden_vector_7_the_same_quote_twice_and_sequence_6_then_5() -> None:
+    quote_filter = make_filter()
+    assert verdicts(quote_filter, raw("100", 6), raw("100", 6), raw("101", 5)) == [
+        "ACCEPTED",
+        "DUPLICATE",
+        "OUT_OF_ORDER",
+    ]
+    assert quote_filter.latest()["AAPL"].price == "100"
+
+
+def test_an_accepted_quote_carries_a_plain_price() -> None:
+    verdict, quote = make_filter().judge(raw("1.8923E+2", 1), NOW_NS)
+    assert verdict is Verdict.ACCEPTED
+    assert quote == Quote("AAPL", "189.23", NOW_NS, "feed", 1)
+
+
+def test_trailing_zeros_do_not_make_another_quote() -> None:
+    assert verdicts(make_filter(), raw("100.5", 1), raw("100.50", 1)) == ["ACCEPTED", "DUPLICATE"]
+
+
+def test_without_sequences_ts_event_orders() -> None:
+    assert verdicts(make_filter(), raw("100", at=-9), raw("101", at=-8), raw("99", at=-8), raw("99", at=-9)) == [
+        "ACCEPTED",
+        "ACCEPTED",
+        "OUT_OF_ORDER",
+        "OUT_OF_ORDER",
+    ]
+
+
+def test_sequence_wins_over_ts_event_and_ts_event_decides_where_one_has_none() -> None:
+    quotes = raw("100", 1, at=-5), raw("101", 2, at=-6), raw("102", None, at=-6), raw("103", None, at=-5)
+    assert verdicts(make_filter(), *quotes) == ["ACCEPTED", "ACCEPTED", "OUT_OF_ORDER", "ACCEPTED"]
+
+
+def test_sources_are_ordered_apart() -> None:
+    quote_filter = make_filter()
+    assert verdicts(quote_filter, raw("100", 9, source="a"), raw("101", 1, source="b")) == ["ACCEPTED", "ACCEPTED"]
+    assert quote_filter.latest()["AAPL"].source == "b"
+
+
+@pytest.mark.parametrize(
+    "price",
+    [
+        "NaN",
+        "-NaN",
+        "sNaN",
+        "Infinity",
+        "-Infinity",
+        "0",
+        "-0",
+        "0.00",
+        "-1",
+        "",
+        " 1",
+        "1_000",
+        "0x10",
+        "abc",
+        "１",
+        "1234567890.1234567",
+        "0.0000000000001",
+        "1e15",
+        "1e999999",
+        "9" * 65,
+    ],
+)
+def test_a_price_that_is_none_is_malformed_and_leaves_no_trace(price: str) -> None:
+    quote_filter = make_filter()
+    assert verdicts(quote_filter, raw(price, 1)) == ["MALFORMED"]
+    assert quote_filter.symbols_count == 0
+    assert verdicts(quote_filter, raw("100", 1), raw(price, 2), raw("101", 2)) == [
+        "ACCEPTED",
+        "MALFORMED",
+        "ACCEPTED",
+    ]
+
+
+@pytest.mark.parametrize("symbol", ["", " AAPL", "AA PL", "-A", "é", "A" * 65, "A\n", "\ud800"])
+def test_a_bad_symbol_or_source_is_malformed(symbol: str) -> None:
+    assert verdicts(make_filter(), raw("1", symbol=symbol), raw("1", source=symbol)) == ["MALFORMED", "MALFORMED"]
+
+
+@pytest.mark.parametrize("sequence", [-1, 2**63])
+def test_a_sequence_outside_64_bits_is_malformed(sequence: int) -> None:
+    assert verdicts(make_filter(), raw("1", sequence)) == ["MALFORMED"]
+
+
+def test_an_instant_before_1970_is_malformed() -> None:
+    assert verdicts(make_filter(), RawQuote("AAPL", "1", 0, "feed"), RawQuote("AAPL", "1", -5, "feed")) == [
+        "MALFORMED",
+        "MALFORMED",
+    ]
+
+
+def test_time_travel_is_dropped_beyond_the_tolerance_only() -> None:
+    assert verdicts(make_filter(), raw("1", at=TOLERANCE_NS + 1), raw("1", at=TOLERANCE_NS)) == [
+        "FUTURE",
+        "ACCEPTED",
+    ]
+
+
+def test_new_symbols_beyond_the_limit_are_refused_and_known_ones_go_on() -> None:
+    quote_filter = make_filter(symbols_count_max=2)
+    quotes = raw("1", 1, symbol="A"), raw("1", 1, symbol="B"), raw("1", 1, symbol="C"), raw("1.1", 2, symbol="A")
+    assert verdicts(quote_filter, *quotes) == ["ACCEPTED", "ACCEPTED", "TOO_MANY_SYMBOLS", "ACCEPTED"]
+    assert quote_filter.symbols_count == 2
+
+
+def test_new_sources_beyond_the_limit_are_refused() -> None:
+    quote_filter = make_filter()
+    several = [raw("1", source=f"s{n}") for n in range(SOURCES_COUNT_MAX)]
+    assert set(verdicts(quote_filter, *several)) == {"ACCEPTED"}
+    assert verdicts(quote_filter, raw("1", at=1, source="one-more"), raw("1", at=1, source="s0")) == [
+        "TOO_MANY_SOURCES",
+        "ACCEPTED",
+    ]
+
+
+def test_a_jump_is_quarantined_until_a_second_quote_confirms_it() -> None:
+    quote_filter = make_filter()
+    assert verdicts(quote_filter, raw("100", 1), raw("200", 2)) == ["ACCEPTED", "QUARANTINED"]
+    assert quote_filter.latest()["AAPL"].price == "100"
+    assert verdicts(quote_filter, raw("201", 3), raw("202", 4)) == ["ACCEPTED", "ACCEPTED"]
+    assert quote_filter.latest()["AAPL"].price == "202"
+
+
+def test_a_quarantined_quote_does_not_confirm_itself() -> None:
+    quotes = raw("100", 1), raw("200", 2), raw("200", 2), raw("200", 2)
+    assert verdicts(make_filter(), *quotes) == ["ACCEPTED", "QUARANTINED", "DUPLICATE", "DUPLICATE"]
+
+
+def test_an_older_quote_does_not_confirm_but_takes_the_place() -> None:
+    quotes = raw("100", 1), raw("200", 5), raw("201", 4), raw("202", 6)
+    assert verdicts(make_filter(), *quotes) == ["ACCEPTED", "QUARANTINED", "QUARANTINED", "ACCEPTED"]
+
+
+def test_a_quote_back_at_the_old_level_clears_the_quarantine() -> None:
+    quotes = raw("100", 1), raw("200", 2), raw("101", 3), raw("200", 4), raw("100", 5)
+    assert verdicts(make_filter(), *quotes) == ["ACCEPTED", "QUARANTINED", "ACCEPTED", "QUARANTINED", "ACCEPTED"]
+
+
+def test_a_third_level_takes_the_place_of_the_second() -> None:
+    quotes = raw("100", 1), raw("200", 2), raw("400", 3), raw("200", 4), raw("201", 5)
+    expected = ["ACCEPTED", "QUARANTINED", "QUARANTINED", "QUARANTINED", "ACCEPTED"]
+    assert verdicts(make_filter(), *quotes) == expected
+
+
+def test_another_source_may_confirm_with_a_newer_instant() -> None:
+    quotes = (
+        raw("100", 1, at=-9),
+        raw("200", 2, at=-8),
+        raw("199", at=-8, source="b"),
+        raw("199", at=-7, source="c"),
+    )
+    assert verdicts(make_filter(), *quotes) == ["ACCEPTED", "QUARANTINED", "QUARANTINED", "ACCEPTED"]
+
+
+def test_another_source_s_sequences_say_nothing_about_this_one_s() -> None:
+    older, newer = raw("199", 9, at=-8, source="b"), raw("199", 1, at=-7, source="c")
+    assert verdicts(make_filter(), raw("100", 1, at=-9), raw("200", 2, at=-8), older) == [
+        "ACCEPTED",
+        "QUARANTINED",
+        "QUARANTINED",
+    ]
+    assert verdicts(make_filter(), raw("100", 1, at=-9), raw("200", 2, at=-8), newer) == [
+        "ACCEPTED",
+        "QUARANTINED",
+        "ACCEPTED",
+    ]
+
+
+def test_a_corrupt_sequence_beyond_the_band_does_not_lock_the_symbol() -> None:
+    quotes = raw("100", 1), raw("1e9", 2**62), raw("101", 2), raw("102", 3)
+    assert verdicts(make_filter(), *quotes) == ["ACCEPTED", "QUARANTINED", "ACCEPTED", "ACCEPTED"]
+
+
+@pytest.mark.parametrize(("symbol", "asset_class"), [*CLASSES.items(), ("NEW", AssetClass.UNCLASSIFIED)])
+def test_the_band_s_edges_are_inside_upwards_and_downwards(symbol: str, asset_class: AssetClass) -> None:
+    up = 100 * (1 + BANDS[asset_class])
+    for last, inside, outside in [
+        (Decimal(100), up, up + Decimal("0.01")),
+        (up, Decimal(100), Decimal("99.99")),
+    ]:
+        start = raw(str(last), 1, symbol=symbol)
+        assert verdicts(make_filter(), start, raw(str(inside), 2, symbol=symbol)) == ["ACCEPTED", "ACCEPTED"]
+        assert verdicts(make_filter(), start, raw(str(outside), 2, symbol=symbol)) == ["ACCEPTED", "QUARANTINED"]
+
+
+def test_every_asset_class_has_a_band() -> None:
+    assert set(BANDS) == set(AssetClass)
+    assert all(0 < band < 1 for band in BANDS.values())
+
+
+def test_restored_quotes_give_order_and_band() -> None:
+    quote_filter = make_filter()
+    stored = [Quote("AAPL", "100", NOW_NS, "feed", 7), Quote("X", "nonsense", NOW_NS, "feed", 1)]
+    assert quote_filter.restore(stored, NOW_NS) == 1
+    assert verdicts(quote_filter, raw("101", 6), raw("100", 7), raw("300", 8), raw("101", 8)) == [
+        "OUT_OF_ORDER",
+        "DUPLICATE",
+        "QUARANTINED",
+        "ACCEPTED",
+    ]
+
+
+def test_a_stored_quote_from_another_run_s_future_is_left_out() -> None:
+    quote_filter = make_filter()
+    assert quote_filter.restore([Quote("AAPL", "100", NOW_NS + 10 * TOLERANCE_NS, "replay")], NOW_NS) == 0
+    assert verdicts(quote_filter, raw("20", source="replay")) == ["ACCEPTED"]
+
+
+RAW_QUOTES = st.builds(
+    RawQuote,
+    symbol=st.sampled_from(["A", "B", "C", "bad symbol"]),
+    price=st.one_of(st.sampled_from(["100", "101", "99", "250", "251", "NaN", "-5", "0", "1e9"]), st.text(max_size=5)),
+    ts_event_ns=st.integers(NOW_NS - 5, NOW_NS + 5) | st.just(NOW_NS * 2),
+    source=st.sampled_from(["one", "two"]),
+    sequence=st.none() | st.integers(-1, 20),
+)
+
+
+@given(st.lists(RAW_QUOTES, max_size=60))
+def test_whatever_comes_only_usable_prices_in_order_get_through(quotes: list[RawQuote]) -> None:
+    quote_filter = make_filter(symbols_count_max=2)
+    seen: dict[tuple[str, str], Quote] = {}
+    for item in quotes:
+        before = quote_filter.latest()
+        verdict, quote = quote_filter.judge(item, NOW_NS)
+        assert (quote is not None) == (verdict is Verdict.ACCEPTED)
+        if quote is None:
+            assert quote_filter.latest() == before
+            continue
+        assert parse_number(quote.price, "price") > 0
+        last = seen.get((quote.source, quote.symbol))
+        if last is not None and last.sequence is not None and quote.sequence is not None:
+            assert quote.sequence > last.sequence
+        elif last is not None:
+            assert quote.ts_event_ns > last.ts_event_ns
+        seen[quote.source, quote.symbol] = quote
+        assert quote_filter.latest()[quote.symbol] == quote
+    assert quote_filter.symbols_count <= 2
+
+
+@given(st.lists(st.tuples(st.sampled_from([100, 104, 150, 155, 300]), st.integers(1, 30)), max_size=40))
+def test_no_price_beyond_the_band_gets_through_alone(steps: list[tuple[int, int]]) -> None:
+    """A jump is accepted only right after a refused one that it agrees with."""
+    quote_filter, last, refused = make_filter(), None, None
+    for price, sequence in steps:
+        verdict, quote = quote_filter.judge(raw(str(price), sequence), NOW_NS)
+        if quote is not None:
+            if last is not None and not Decimal("0.8") <= Decimal(price) / last <= Decimal("1.25"):
+                assert refused is not None
+                assert Decimal("0.8") <= Decimal(price) / refused <= Decimal("1.25")
+            last, refused = Decimal(price), None
+        elif verdict is Verdict.QUARANTINED:
+            refused = Decimal(price)
+
+
+@given(st.floats(min_value=1e-6, max_value=1e14))
+def test_a_float_s_digits_are_trimmed_into_the_exact_range(number: float) -> None:
+    trimmed = trim_number(Decimal(repr(number)))
+    parse_number(str(trimmed), "price")
+    assert abs(trimmed - Decimal(repr(number))) <= max(Decimal(repr(number)).scaleb(-14), Decimal("5e-13"))
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        ("189.23", "189.23"),
+        ("189.23000000000002", "189.230000000000"),
+        ("0.1234567890125", "0.123456789012"),
+        ("1e-400", "0E-12"),
+        ("NaN", "NaN"),
+        ("1E+999999", "1E+999999"),
+    ],
+)
+def test_trimming_is_half_even_and_leaves_the_rest_alone(number: str, expected: str) -> None:
+    assert str(trim_number(Decimal(number))) == expected
