@@ -1,0 +1,254 @@
+"""The writing half of hot state: marks, positions and sectors of the shards that one evaluator owns.
+
+A flush is two commands in one round trip:
+
+    HSET marks:{n}:<epoch> id mark id mark …       one variadic command for all changed portfolios
+    EVAL publish                                    if the pointer still names this epoch: sequence, PUBLISH frame
+
+so a fenced evaluator can neither move a pointer nor publish; what it wrote lies under an epoch nobody reads.
+The bytes of the HSET are laid out once per portfolio as rows of a numpy record array (RESP header, id, mark) and
+only the marks are filled in per flush; ids of equal length share one array, because a record has one width.
+
+Positions and sectors are written by a script that compares the epoch inside Redis, all of a batch at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
+
+from engine.marks import MARK, FrameHeader, MarkArray, frame_parts
+from engine.positions import hot_position_encoder
+from engine.posting import PositionsChange
+from engine.sectors import SectorValue, sector_value_encoder
+from engine.stores import redis_keys
+
+TEMPLATE_CAPACITY_MIN = 64
+# A mark as opaque bytes: numpy copies those whole, a record it copies field by field.
+_PACKED = np.dtype((np.void, MARK.itemsize))
+# Bounds one script call, which blocks Redis while it runs (about 2 ms).
+PORTFOLIOS_PER_SCRIPT_MAX = 200
+
+# KEYS: pointer. ARGV: epoch, sequence, updated_at_ns, channel, frame.
+_PUBLISH = """
+local current = redis.call('HGET', KEYS[1], 'epoch')
+if not current then return -1 end
+if current ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'sequence', ARGV[2], 'updated_at_ns', ARGV[3])
+redis.call('PUBLISH', ARGV[4], ARGV[5])
+return 1
+"""
+
+# KEYS: pointer. ARGV: epoch, owner, now_ns. Returns the epoch it replaced, 0 for none, -1 when it may not.
+_ADVANCE = """
+local current = tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0)
+if current > tonumber(ARGV[1]) then return -1 end
+redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'owner', ARGV[2], 'sequence', '0', 'updated_at_ns', ARGV[3])
+return current
+"""
+
+# KEYS: pointer, then positions, sectors, sector_values of each portfolio. ARGV: epoch, then for each portfolio
+# whether to replace, and four counted lists: symbols to remove, positions, weights, sector values. Lua's stack takes
+# fewer than 8,000 arguments of a call, so a longer list is applied in even parts of 4,000.
+_POSITIONS = """
+local current = redis.call('HGET', KEYS[1], 'epoch')
+if current and tonumber(current) > tonumber(ARGV[1]) then return 0 end
+local at = 2
+local function apply(command, key)
+  local count = tonumber(ARGV[at])
+  for first = at + 1, at + count, 4000 do
+    redis.call(command, key, unpack(ARGV, first, math.min(first + 3999, at + count)))
+  end
+  at = at + count + 1
+end
+for key = 2, #KEYS, 3 do
+  if ARGV[at] == '1' then redis.call('DEL', KEYS[key]) end
+  at = at + 1
+  apply('HDEL', KEYS[key])
+  apply('HSET', KEYS[key])
+  redis.call('DEL', KEYS[key + 1], KEYS[key + 2])
+  apply('ZADD', KEYS[key + 1])
+  apply('HSET', KEYS[key + 2])
+end
+return 1
+"""
+
+
+class FlushOutcome(Enum):
+    """What became of a flush. LOST: Redis forgot the shard and all of it is to be written again."""
+
+    WRITTEN = 1
+    FENCED = 0
+    LOST = -1
+
+
+@dataclass(slots=True)
+class _Template:
+    """RESP rows of ids of one length: `$len id $104 mark`, the mark left to fill in."""
+
+    rows: NDArray[np.void]
+    count: int = 0
+
+
+@dataclass(slots=True)
+class MarksLayout:
+    """Where in which template each Book slot's row lies; kept up to date as portfolios come."""
+
+    templates: dict[int, _Template] = field(default_factory=dict)
+    length_of: NDArray[np.int32] = field(default_factory=lambda: np.zeros(TEMPLATE_CAPACITY_MIN, np.int32))
+    row_of: NDArray[np.int64] = field(default_factory=lambda: np.zeros(TEMPLATE_CAPACITY_MIN, np.int64))
+
+    def place(self, slot: int, portfolio_id: str) -> None:
+        """Lay out the row of a portfolio that takes `slot`."""
+        name = portfolio_id.encode()
+        if slot >= len(self.length_of):
+            grown = max(slot + 1, 2 * len(self.length_of))
+            self.length_of = np.resize(self.length_of, grown)
+            self.row_of = np.resize(self.row_of, grown)
+            self.length_of[slot:] = 0
+        template = self.templates.get(len(name))
+        if template is not None and self.length_of[slot] == len(name):
+            template.rows["id"][self.row_of[slot]] = name
+            return
+        if template is None:
+            template = self.templates[len(name)] = _Template(np.zeros(TEMPLATE_CAPACITY_MIN, _row_type(len(name))))
+        if template.count == len(template.rows):
+            grown_rows = np.zeros(2 * template.count, template.rows.dtype)
+            grown_rows[: template.count] = template.rows
+            template.rows = grown_rows
+        row = template.rows[template.count]
+        row["head"], row["id"] = b"$%d\r\n" % len(name), name
+        row["middle"], row["tail"] = b"\r\n$%d\r\n" % MARK.itemsize, b"\r\n"
+        self.length_of[slot], self.row_of[slot] = len(name), template.count
+        template.count += 1
+
+    def fill(self, slots: NDArray[np.int64], marks: MarkArray) -> list[tuple[int, NDArray[np.void]]]:
+        """The filled rows of the slots, grouped by id length."""
+        lengths = self.length_of[slots]
+        packed = marks.view(_PACKED)
+        groups = []
+        for length in np.unique(lengths).tolist():
+            chosen = lengths == length
+            rows = self.templates[length].rows[self.row_of[slots[chosen]]]
+            rows["mark"] = packed[chosen]
+            groups.append((length, rows))
+        return groups
+
+
+def _row_type(id_length: int) -> np.dtype[np.void]:
+    head, middle = f"S{len(f'${id_length}') + 2}", f"S{len(f'${MARK.itemsize}') + 4}"
+    return np.dtype([("head", head), ("id", f"S{id_length}"), ("middle", middle), ("mark", _PACKED), ("tail", "S2")])
+
+
+class HotStateWriter:
+    """`redis` must not decode responses. One writer per evaluator; one flush per shard at a time."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._advance = redis.register_script(_ADVANCE)
+        self._positions = redis.register_script(_POSITIONS)
+        self._publish = redis.register_script(_PUBLISH)
+        self.layout = MarksLayout()
+
+    async def advance(self, shard: int, epoch: int, owner: str, now_ns: int) -> bool:
+        """Point readers at `epoch`, unless they are beyond it already (False). Deletes the replaced marks."""
+        replaced = int(
+            await self._advance(keys=[redis_keys.shard(shard)], args=[epoch, owner, now_ns], client=self._redis)
+        )
+        if 0 < replaced < epoch:
+            await self._redis.unlink(redis_keys.marks(shard, replaced))
+        return replaced >= 0
+
+    async def write_marks(
+        self, shard: int, epoch: int, slots: NDArray[np.int64], marks: MarkArray
+    ) -> list[tuple[int, NDArray[np.void]]]:
+        """Write marks without publishing them (take-over); returns the filled rows."""
+        groups = self.layout.fill(slots, marks)
+        if groups:
+            await self._send([_hset(redis_keys.marks(shard, epoch), groups, len(slots))], 1)
+        return groups
+
+    async def flush(self, header: FrameHeader, slots: NDArray[np.int64], marks: MarkArray) -> FlushOutcome:
+        """Write the changed marks and publish their frame. Without slots the frame is a heartbeat.
+
+        Raises redis.exceptions.RedisError, OSError; the caller then counts the rows as changed again.
+        """
+        groups = self.layout.fill(slots, marks)
+        frame = frame_parts(header, ((n, rows["id"].tobytes(), rows["mark"].tobytes()) for n, rows in groups))
+        key = redis_keys.marks(header.shard, header.epoch)
+        commands = [_hset(key, groups, len(slots))] if groups else []
+        commands.append(self._publish_command(header, frame))
+        outcome = (await self._send(commands, len(commands)))[-1]
+        return FlushOutcome(outcome)
+
+    def _publish_command(self, header: FrameHeader, frame: list[bytes]) -> list[bytes]:
+        arguments = (
+            b"EVAL",
+            _PUBLISH.encode(),
+            b"1",
+            redis_keys.shard(header.shard).encode(),
+            b"%d" % header.epoch,
+            b"%d" % header.sequence,
+            b"%d" % header.flushed_at_ns,
+            redis_keys.marks_channel(header.shard).encode(),
+        )
+        head = b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in arguments)
+        frame_size = b"$%d\r\n" % sum(map(len, frame))
+        return [b"*%d\r\n" % (len(arguments) + 1), head, frame_size, *frame, b"\r\n"]
+
+    async def _send(self, commands: list[list[bytes]], replies: int) -> list[Any]:
+        """Send packed commands on one pooled connection and read their replies."""
+        pool = self._redis.connection_pool
+        connection: AbstractConnection = await pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            await connection.send_packed_command([part for command in commands for part in command])
+            answers = [await connection.read_response(disable_decoding=True) for _ in range(replies)]
+        except BaseException:
+            # A reply left unread would answer the next command on this connection.
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            await pool.release(connection)
+        return answers
+
+    async def write_positions(self, shard: int, epoch: int, changes: Sequence[PositionsChange]) -> bool:
+        """Write positions and sectors of portfolios; False when a newer epoch owns the shard."""
+        for start in range(0, len(changes), PORTFOLIOS_PER_SCRIPT_MAX):
+            part = changes[start : start + PORTFOLIOS_PER_SCRIPT_MAX]
+            keys = [redis_keys.shard(shard)]
+            for change in part:
+                keys += (
+                    redis_keys.positions(shard, change.portfolio_id),
+                    redis_keys.sectors(shard, change.portfolio_id),
+                    redis_keys.sector_values(shard, change.portfolio_id),
+                )
+            arguments = [epoch, *(argument for change in part for argument in _arguments(change))]
+            if not await self._positions(keys=keys, args=arguments, client=self._redis):
+                return False
+        return True
+
+
+def _hset(key: str, groups: Iterable[tuple[int, NDArray[np.void]]], count: int) -> list[bytes]:
+    head = b"*%d\r\n$4\r\nHSET\r\n$%d\r\n%b\r\n" % (2 + 2 * count, len(key), key.encode())
+    return [head, *(rows.tobytes() for _, rows in groups)]
+
+
+def _arguments(change: PositionsChange) -> list[Any]:
+    """A change as the script takes it."""
+    positions: list[Any] = []
+    for symbol, position in change.positions.items():
+        positions += (symbol, hot_position_encoder.encode(position))
+    weights: list[Any] = []
+    values: list[Any] = []
+    for held in change.sectors:
+        weights += (repr(float(held.weight)), held.sector)
+        values += (held.sector, sector_value_encoder.encode(SectorValue(held.value, held.gross)))
+    counted = (change.closed, positions, weights, values)
+    return [int(change.replace), *(part for block in counted for part in (len(block), *block))]

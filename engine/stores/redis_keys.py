@@ -1,0 +1,36 @@
+"""Every Redis key and channel, in one place. `{n}` is a hash tag: one shard lives in one Cluster slot."""
+
+from __future__ import annotations
+
+PRICES = "prices"
+QUOTES_CHANNEL = "quotes"
+
+
+def shard(n: int) -> str:
+    """Hash: epoch, sequence, owner, updated_at. The pointer that readers follow; its epoch only grows."""
+    return f"shard:{{{n}}}"
+
+
+def marks(n: int, epoch: int) -> str:
+    """Hash: portfolio id → packed mark (engine.marks), written under the epoch of the shard's owner."""
+    return f"marks:{{{n}}}:{epoch}"
+
+
+def marks_channel(n: int) -> str:
+    """Channel: one frame (engine.marks) per flush."""
+    return f"marks:{{{n}}}"
+
+
+def positions(n: int, portfolio_id: str) -> str:
+    """Hash: symbol → packed position (engine.positions.HotPosition)."""
+    return f"positions:{{{n}}}:{portfolio_id}"
+
+
+def sectors(n: int, portfolio_id: str) -> str:
+    """Sorted set: sector → weight at the last fill (a double, good for ranking)."""
+    return f"sectors:{{{n}}}:{portfolio_id}"
+
+
+def sector_values(n: int, portfolio_id: str) -> str:
+    """Hash: sector → exact value in micro-units at the last fill."""
+    return f"sector_values:{{{n}}}:{portfolio_id}"

@@ -1,0 +1,33 @@
+"""Equity snapshots as readers see them, from the table `equity_snapshot`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from engine.amounts import to_micro
+from engine.equity_curve import EquityPoint, Resolution
+from engine.marks import MarkQuality
+from engine.runtime.clock import to_ns
+from engine.stores.ledger_reads import PoolSource
+
+_HOURLY = """
+    SELECT at, nav, quality FROM equity_snapshot WHERE portfolio_id = $1 AND at >= $2 ORDER BY at
+"""
+_DAILY = """
+    SELECT DISTINCT ON (date_trunc('day', at AT TIME ZONE 'UTC')) at, nav, quality
+    FROM equity_snapshot WHERE portfolio_id = $1 AND at >= $2
+    ORDER BY date_trunc('day', at AT TIME ZONE 'UTC'), at DESC
+"""
+
+
+class SnapshotsReads:
+    """Raises OSError, TimeoutError, asyncpg.PostgresError or asyncpg.InterfaceError when PostgreSQL is away."""
+
+    def __init__(self, pool: PoolSource) -> None:
+        self._pool = pool
+
+    async def points(self, portfolio_id: str, begin: datetime, resolution: Resolution) -> list[EquityPoint]:
+        """The snapshots since `begin`, ascending: all of them, or the last of each UTC day."""
+        statement = _DAILY if resolution is Resolution.DAILY else _HOURLY
+        rows = await self._pool().fetch(statement, portfolio_id, begin)
+        return [EquityPoint(to_ns(at), to_micro(nav), MarkQuality(quality)) for at, nav, quality in rows]
