@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from urllib.parse import urlsplit
+
+import pytest
+from prometheus_client import REGISTRY
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
+
+from engine.messages import Quote, QuoteFrame, quote_decoder, quote_encoder, quote_frame_decoder
+from engine.quotes import RawQuote
+from engine.runtime.clock import WallClock
+from engine.runtime.embedded import open_directory, start_valkey
+from engine.runtime.reaper import ChildProcesses
+from engine.runtime.settings import Settings
+from engine.stores.redis_keys import PRICES, QUOTES_CHANNEL
+from workers.feeds import Batch
+from workers.quotes import FRAME_QUOTES_COUNT_MAX, run_quotes
+
+WAIT_S = 10
+
+
+class HandFeed:
+    """A feed that says what the test tells it to; None ends it."""
+
+    name = "hand"
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[list[RawQuote] | None] = asyncio.Queue()
+        self.resumed: Mapping[str, Quote] = {}
+        self.closed = False
+
+    def resume(self, quotes: Mapping[str, Quote]) -> None:
+        self.resumed = quotes
+
+    async def batches(self) -> AsyncGenerator[Batch, None]:
+        try:
+            while (batch := await self.queue.get()) is not None:
+                yield batch
+        finally:
+            self.closed = True
+
+    def say(self, *quotes: RawQuote) -> None:
+        self.queue.put_nowait(list(quotes))
+
+
+def raw(symbol: str, price: str, sequence: int) -> RawQuote:
+    return RawQuote(symbol, price, time.time_ns(), "hand", sequence)
+
+
+@asynccontextmanager
+async def working(feed: HandFeed, redis_url: str, **settings: int) -> AsyncIterator[None]:
+    """The worker runs inside; it must end by itself when told to, and with it the feed."""
+    stop = asyncio.Event()
+    task = asyncio.create_task(run_quotes(Settings(redis_url=redis_url, **settings), feed, WallClock(), stop))
+    try:
+        yield
+        assert not task.done()
+    finally:
+        stop.set()
+        async with asyncio.timeout(WAIT_S):
+            await task
+    assert feed.closed or not feed.queue.empty()
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            answer = condition()
+            if await answer if hasattr(answer, "__await__") else answer:  # type: ignore[misc]
+                return
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def client(redis_db: str) -> AsyncIterator[Redis]:
+    async with Redis.from_url(redis_db, protocol=3, socket_timeout=5) as connection:
+        yield connection
+
+
+async def prices(client: Redis) -> dict[str, str]:
+    stored = await client.hgetall(PRICES)
+    return {symbol.decode(): quote_decoder.decode(value).price for symbol, value in stored.items()}
+
+
+@asynccontextmanager
+async def listening(client: Redis) -> AsyncIterator[list[QuoteFrame]]:
+    """The frames that were published meanwhile."""
+    frames: list[QuoteFrame] = []
+    async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        await pubsub.subscribe(QUOTES_CHANNEL)
+
+        async def listen() -> None:
+            while True:
+                message = await pubsub.get_message(timeout=1)
+                if message is not None:
+                    frames.append(quote_frame_decoder.decode(message["data"]))
+
+        task = asyncio.create_task(listen())
+        await asyncio.sleep(0.05)
+        yield frames
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def counted(verdict: str) -> float:
+    labels = {"verdict": verdict, "source": "hand"}
+    return REGISTRY.get_sample_value("navstream_quotes_total", labels) or 0.0
+
+
+async def test_accepted_quotes_reach_the_hash_and_the_channel_the_others_do_not(redis_db: str, client: Redis) -> None:
+    before = {verdict: counted(verdict) for verdict in ("ACCEPTED", "MALFORMED", "QUARANTINED", "OUT_OF_ORDER")}
+    feed = HandFeed()
+    async with listening(client) as frames, working(feed, redis_db):
+        feed.say(raw("AAPL", "189.230", 6), raw("AAPL", "NaN", 7), raw("AAPL", "189e9", 7), raw("AAPL", "190", 5))
+        feed.say(raw("MSFT", "430", 1))
+        await eventually(lambda: len([q for frame in frames for q in frame.quotes]) == 2)
+        stored = quote_decoder.decode(await client.hget(PRICES, "AAPL"))
+    assert (stored.price, stored.source, stored.sequence) == ("189.23", "hand", 6)
+    assert await prices(client) == {"AAPL": "189.23", "MSFT": "430"}
+    assert {v: counted(v) - was for v, was in before.items()} == {
+        "ACCEPTED": 2,
+        "MALFORMED": 1,
+        "QUARANTINED": 1,
+        "OUT_OF_ORDER": 1,
+    }
+
+
+async def test_a_window_s_quotes_of_a_symbol_become_one(redis_db: str, client: Redis) -> None:
+    feed = HandFeed()
+    async with listening(client) as frames, working(feed, redis_db, quotes_publish_interval_ms=300):
+        await eventually(lambda: frames)
+        feed.say(raw("MSFT", "430", 1), *(raw("AAPL", str(100 + n), n) for n in range(10)))
+        await eventually(lambda: any(frame.quotes for frame in frames))
+    quotes = [quote for frame in frames for quote in frame.quotes]
+    assert sorted((quote.symbol, quote.price) for quote in quotes) == [("AAPL", "109"), ("MSFT", "430")]
+
+
+async def test_frames_are_numbered_without_gaps_by_one_publisher(redis_db: str, client: Redis) -> None:
+    feed = HandFeed()
+    async with listening(client) as frames, working(feed, redis_db):
+        for n in range(20):
+            feed.say(raw("AAPL", str(100 + n), n))
+            await asyncio.sleep(0.02)
+    assert len(frames) > 5
+    assert [frame.sequence for frame in frames] == list(range(1, len(frames) + 1))
+    assert len({frame.publisher for frame in frames}) == 1
+    assert all(abs(frame.published_at_ns - time.time_ns()) < 60e9 for frame in frames)
+
+
+async def test_a_silent_and_an_ended_feed_leave_the_heartbeat_on(redis_db: str, client: Redis) -> None:
+    feed = HandFeed()
+    async with listening(client) as frames, working(feed, redis_db):
+        await asyncio.sleep(1.2)
+        silent_count = len(frames)
+        feed.queue.put_nowait(None)
+        await asyncio.sleep(2.2)
+        assert feed.closed
+    assert silent_count == 2
+    assert len(frames) - silent_count == 2
+    assert not any(frame.quotes for frame in frames)
+
+
+async def test_many_symbols_make_several_frames(redis_db: str, client: Redis) -> None:
+    feed = HandFeed()
+    count = FRAME_QUOTES_COUNT_MAX + 5
+    async with listening(client) as frames, working(feed, redis_db, quotes_publish_interval_ms=200):
+        feed.say(*(raw(f"S{n}", "1", 1) for n in range(count)))
+        await eventually(lambda: sum(len(frame.quotes) for frame in frames) == count)
+    assert max(len(frame.quotes) for frame in frames) == FRAME_QUOTES_COUNT_MAX
+    assert len(await prices(client)) == count
+
+
+async def test_the_number_of_symbols_is_bounded(redis_db: str, client: Redis) -> None:
+    feed, before = HandFeed(), counted("TOO_MANY_SYMBOLS")
+    async with working(feed, redis_db, symbols_count_max=3):
+        feed.say(*(raw(f"S{n}", "1", 1) for n in range(10)))
+        await eventually(lambda: counted("TOO_MANY_SYMBOLS") == before + 7)
+        await eventually(lambda: _has_count(client, 3))
+    assert await prices(client) == {"S0": "1", "S1": "1", "S2": "1"}
+
+
+async def _has_count(client: Redis, count: int) -> bool:
+    return await client.hlen(PRICES) == count
+
+
+async def test_a_new_process_goes_on_where_the_last_one_left_off(redis_db: str, client: Redis) -> None:
+    await client.hset(PRICES, "AAPL", quote_encoder.encode(Quote("AAPL", "100", time.time_ns(), "hand", 7)))
+    await client.hset(PRICES, "JUNK", b"\xff not ours")
+    before = {verdict: counted(verdict) for verdict in ("OUT_OF_ORDER", "QUARANTINED")}
+    feed = HandFeed()
+    async with working(feed, redis_db):
+        await eventually(lambda: feed.resumed)
+        feed.say(raw("AAPL", "99", 6), raw("AAPL", "200", 8), raw("AAPL", "101", 9))
+        await eventually(lambda: _has_price(client, "AAPL", "101"))
+    assert {symbol: quote.price for symbol, quote in feed.resumed.items()} == {"AAPL": "100"}
+    assert {v: counted(v) - was for v, was in before.items()} == {"OUT_OF_ORDER": 1, "QUARANTINED": 1}
+
+
+async def _has_price(client: Redis, symbol: str, price: str) -> bool:
+    stored = await client.hget(PRICES, symbol)
+    return stored is not None and quote_decoder.decode(stored).price == price
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_flushed_redis_is_written_again(redis_db: str, client: Redis, busy: bool) -> None:
+    """Busy: the next quote makes `prices` anew at once, so its absence alone would never be seen."""
+    feed = HandFeed()
+    async with listening(client) as frames, working(feed, redis_db):
+        feed.say(*(raw(f"S{n}", "5", 1) for n in range(50)))
+        await eventually(lambda: _has_count(client, 50))
+        del frames[:]
+        flushed_s = time.monotonic()
+        await client.flushall()
+        if busy:
+            feed.say(raw("S0", "5.1", 2))
+        await eventually(lambda: _has_count(client, 50))
+        assert time.monotonic() - flushed_s < 2
+        await eventually(lambda: len({q.symbol for frame in frames for q in frame.quotes}) == 50)
+    assert (await prices(client))["S0"] == ("5.1" if busy else "5")
+
+
+async def test_a_feed_s_failure_ends_the_worker_with_it(redis_db: str) -> None:
+    class BrokenFeed(HandFeed):
+        async def batches(self) -> AsyncGenerator[Batch, None]:
+            yield [raw("AAPL", "1", 1)]
+            raise RuntimeError("the feed has a defect")
+
+    with pytest.raises(ExceptionGroup, match="unhandled errors") as caught:
+        async with asyncio.timeout(WAIT_S):
+            await run_quotes(Settings(redis_url=redis_db), BrokenFeed(), WallClock(), asyncio.Event())
+    assert caught.group_contains(RuntimeError, match="defect")
+
+
+class Gate:
+    """A TCP relay in front of Redis that can be shut: connections are cut and new ones refused."""
+
+    def __init__(self, redis_url: str) -> None:
+        self.port = 0
+        self.target = urlsplit(redis_url).port or 0
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._relay, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def shut(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.sleep(0.05)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        self._writers |= {writer, far_writer}
+        await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()
+
+
+@asynccontextmanager
+async def gated(redis_url: str) -> AsyncIterator[tuple[Gate, str]]:
+    gate = Gate(redis_url)
+    await gate.open()
+    try:
+        yield gate, redis_url.replace(f":{urlsplit(redis_url).port}/", f":{gate.port}/")
+    finally:
+        await gate.shut()
+
+
+def outages(logs: list[dict[str, object]]) -> list[object]:
+    return [line["event"] for line in logs if str(line["event"]).startswith("dependency_")]
+
+
+async def test_an_absent_redis_costs_one_log_line_and_no_latest_quote(redis_db: str, client: Redis) -> None:
+    feed = HandFeed()
+    with capture_logs() as logs:
+        async with gated(redis_db) as (gate, url), working(feed, url):
+            feed.say(raw("AAPL", "100", 1))
+            await eventually(lambda: _has_price(client, "AAPL", "100"))
+            await gate.shut()
+            await client.flushall()
+            for n in range(10):
+                feed.say(raw("AAPL", str(100 + n), 2 + n), raw("MSFT", str(430 + n), 2 + n))
+                await asyncio.sleep(0.1)
+            assert await prices(client) == {}
+            await gate.open()
+            await eventually(lambda: _has_price(client, "MSFT", "439"))
+            assert await prices(client) == {"AAPL": "109", "MSFT": "439"}
+    assert outages(logs) == ["dependency_away", "dependency_back"]
+
+
+async def test_a_worker_may_start_before_redis_and_stop_without_it(redis_db: str, client: Redis) -> None:
+    feed = HandFeed()
+    async with gated(redis_db) as (gate, url):
+        await gate.shut()
+        with capture_logs() as logs:
+            async with working(feed, url):
+                feed.say(raw("AAPL", "100", 1))
+                await asyncio.sleep(0.5)
+            assert outages(logs) == ["dependency_away"]
+            async with working(feed, url):
+                await asyncio.sleep(0.3)
+                await gate.open()
+                await eventually(lambda: _has_price(client, "AAPL", "100"))
+                await gate.shut()
+                feed.say(raw("AAPL", "101", 2))
+                await asyncio.sleep(0.3)
+                stopping_s = time.monotonic()
+            assert time.monotonic() - stopping_s < 5
+        await gate.open()
+
+
+async def test_another_server_with_an_old_copy_is_brought_up_to_date(
+    redis_db: str, client: Redis, children: ChildProcesses
+) -> None:
+    """The old copy has every field, so neither a count nor a new field gives it away."""
+    other_url, _ = start_valkey(children, open_directory(children, None))
+    feed = HandFeed()
+    async with (
+        Redis.from_url(other_url, protocol=3) as other,
+        gated(redis_db) as (gate, url),
+        working(feed, url),
+    ):
+        feed.say(raw("AAPL", "100", 1), raw("MSFT", "430", 1))
+        await eventually(lambda: _has_count(client, 2))
+        await asyncio.sleep(1.1)  # the worker has looked at the first server
+        for symbol in ("AAPL", "MSFT"):
+            await other.hset(PRICES, symbol, quote_encoder.encode(Quote(symbol, "1", 1, "hand", 0)))
+        await gate.shut()
+        await other.config_set("requirepass", urlsplit(redis_db).password or "")
+        gate.target = urlsplit(other_url).port or 0
+        await gate.open()
+        await eventually(lambda: _has_price(other, "MSFT", "430"))
+        assert await prices(other) == {"AAPL": "100", "MSFT": "430"}

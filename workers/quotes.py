@@ -1,0 +1,229 @@
+"""The quotes worker: from a feed to Redis.
+
+Every quote of the feed passes engine.quotes.QuoteFilter. Accepted ones are conflated per symbol for
+`quotes_publish_interval_ms`; then one pipeline writes `HSET prices` and publishes a QuoteFrame with the same
+quotes, in this order, so that whoever sees a gap in the frames finds the newest prices in the hash. A frame
+takes at most FRAME_QUOTES_COUNT_MAX quotes; more make more frames in the same pipeline. An idle worker
+publishes an empty frame every HEARTBEAT_INTERVAL_S, whatever the feed does.
+
+Every attempt uses up its frame sequences, also one whose answer was lost: a subscriber then sees a gap (and
+reads `prices`), the same quotes under a later sequence, or the same frame twice; never nothing.
+
+Redis away: the latest quote of each symbol is kept (bounded by `symbols_count_max`) and sent when it is back.
+Redis flushed, replaced or restarted from an old copy: noticed within CHECK_INTERVAL_S (the hash has fewer
+fields than this worker wrote, an HSET made more new fields than it should, or the server has another run id),
+and everything known is written and published again.
+
+On start `prices` is read back, so that order and bands go on where the process before left off. One quotes
+worker writes a symbol at a time; two may run side by side when their feeds share no symbol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import aclosing, suppress
+
+import msgspec
+import structlog
+from prometheus_client import Counter, Gauge
+from redis.asyncio import Redis
+
+from engine.assets import Asset, load_catalogue
+from engine.messages import Quote, QuoteFrame, quote_decoder, quote_encoder, quote_frame_encoder
+from engine.quotes import QuoteFilter, Verdict
+from engine.runtime.clock import Clock
+from engine.runtime.connections import AWAY, Outage, connect_redis, stopped_within, wait_until
+from engine.runtime.settings import Settings
+from engine.stores.redis_keys import PRICES, QUOTES_CHANNEL
+from workers.feeds import Feed
+
+FRAME_QUOTES_COUNT_MAX = 2_000  # about 100 kB: a frame that every subscriber decodes in a millisecond or two
+HEARTBEAT_INTERVAL_S = 1
+CHECK_INTERVAL_S = 1
+STOP_TIMEOUT_S = 3  # for the last publication and for closing: an absent server must not hold up the exit
+
+# `source` is the feed's name, from a short list; the source in a quote comes over a wire and has no
+# bound.
+QUOTES = Counter("navstream_quotes_total", "Quotes judged, by verdict and feed", ["verdict", "source"])
+FRAMES = Counter("navstream_quote_frames_total", "Frames published on the channel quotes", ["kind"])
+REWRITES = Counter("navstream_prices_rewritten_total", "Times that all known prices were written again")
+SYMBOLS = Gauge("navstream_quotes_symbols", "Symbols with an accepted quote")
+
+_log = structlog.get_logger(__name__)
+
+
+async def run_quotes(
+    settings: Settings,
+    feed: Feed,
+    clock: Clock,
+    stop: asyncio.Event,
+    assets: Mapping[str, Asset] | None = None,
+) -> None:
+    """Drain `feed` into Redis until `stop` is set; a feed that ends leaves the heartbeat on.
+
+    `assets` says which band a symbol has; by default the shipped catalogue. Raises an ExceptionGroup of what
+    the feed raises.
+    """
+    assets = load_catalogue() if assets is None else assets
+    quote_filter = QuoteFilter(
+        {asset.symbol: asset.asset_class for asset in assets.values()},
+        settings.symbols_count_max,
+        settings.quote_future_tolerance_ms * 1_000_000,
+    )
+    redis = connect_redis(settings, "quotes")
+    publisher = QuotesPublisher(redis, clock, quote_filter.latest)
+
+    async def restore() -> None:
+        await _restore(redis, quote_filter, clock.now_ns())
+
+    try:
+        if not await wait_until("redis", restore, stop):
+            return
+        publisher.begin()
+        feed.resume(quote_filter.latest())
+        async with asyncio.TaskGroup() as tasks:
+            intake = tasks.create_task(_take_in(feed, clock, quote_filter, publisher))
+            await _publish_until(stop, publisher, settings.quotes_publish_interval_ms / 1_000)
+            intake.cancel()
+    finally:
+        with suppress(*AWAY):
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await redis.aclose()
+
+
+async def _restore(redis: Redis, quote_filter: QuoteFilter, now_ns: int) -> None:
+    """Read `prices` back into the filter; what does not decode there is not ours and is left out."""
+    stored = await redis.hgetall(PRICES)
+    quotes = []
+    for value in stored.values():
+        if isinstance(value, bytes):
+            with suppress(msgspec.MsgspecError):
+                quotes.append(quote_decoder.decode(value))
+    taken_count = quote_filter.restore(quotes, now_ns)
+    if stored:
+        _log.info("prices_restored", taken_count=taken_count, left_out_count=len(stored) - taken_count)
+
+
+async def _take_in(feed: Feed, clock: Clock, quote_filter: QuoteFilter, publisher: QuotesPublisher) -> None:
+    """Judge what the feed yields, until it ends."""
+    counters = {verdict: QUOTES.labels(verdict.value, feed.name) for verdict in Verdict}
+    async with aclosing(feed.batches()) as batches:
+        async for batch in batches:
+            now_ns = clock.now_ns()
+            for raw in batch:
+                verdict, quote = quote_filter.judge(raw, now_ns)
+                counters[verdict].inc()
+                if quote is not None:
+                    publisher.offer(quote)
+            SYMBOLS.set(quote_filter.symbols_count)
+            # A feed with a backlog never really waits; publishing must get its turn all the same.
+            await asyncio.sleep(0)
+    _log.info("feed_ended", feed=feed.name)
+
+
+async def _publish_until(stop: asyncio.Event, publisher: QuotesPublisher, interval_s: float) -> None:
+    """Publish every interval, through outages, until `stop`; then once more."""
+    outage = Outage("redis")
+    while not stop.is_set():
+        started_s = time.monotonic()
+        try:
+            await publisher.turn(started_s)
+        except AWAY as error:
+            await stopped_within(stop, outage.begin_or_continue(error))
+            continue
+        outage.end()
+        await stopped_within(stop, max(0, started_s + interval_s - time.monotonic()))
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await publisher.publish()
+    except AWAY as error:
+        _log.warning("quotes_unsent_at_stop", count=publisher.unsent_count, reason=type(error).__name__)
+
+
+class QuotesPublisher:
+    """What is not yet in Redis, and the way there. `known` answers the last accepted quote of every
+    symbol."""
+
+    def __init__(self, redis: Redis, clock: Clock, known: Callable[[], Mapping[str, Quote]]) -> None:
+        self._redis = redis
+        self._clock = clock
+        self._known = known
+        self._publisher = uuid.uuid4().hex
+        self._sequence = 0
+        self._unsent: dict[str, Quote] = {}
+        self._written: set[str] = set()
+        self._run_id = ""
+        self._beat_at_s = 0.0
+        self._check_at_s = 0.0
+
+    @property
+    def unsent_count(self) -> int:
+        return len(self._unsent)
+
+    def begin(self) -> None:
+        """What is known before the first offer was read from Redis, so it is written there."""
+        self._written = set(self._known())
+
+    def offer(self, quote: Quote) -> None:
+        """Take an accepted quote; it replaces an unsent one of the same symbol."""
+        self._unsent[quote.symbol] = quote
+
+    async def turn(self, now_s: float) -> None:
+        """What is due at `now_s` (monotonic): quotes, a heartbeat, a look at the server. Raises AWAY."""
+        if self._unsent or now_s >= self._beat_at_s:
+            await self.publish(heartbeat=True)
+            self._beat_at_s = now_s + HEARTBEAT_INTERVAL_S
+        if now_s >= self._check_at_s:
+            await self._check_server()
+            self._check_at_s = now_s + CHECK_INTERVAL_S
+
+    async def publish(self, heartbeat: bool = False) -> None:
+        """Send what is unsent, or an empty frame; what could not be sent stays unsent. Raises AWAY."""
+        taken, self._unsent = self._unsent, {}
+        if not taken and not heartbeat:
+            return
+        try:
+            created_count = await self._send(list(taken.values()))
+        except BaseException:
+            self._unsent = taken | self._unsent  # what was offered meanwhile is newer
+            raise
+        expected_count = len(taken.keys() - self._written)
+        self._written |= taken.keys()
+        if created_count > expected_count:
+            self._rewrite("fields missing")
+
+    async def _send(self, quotes: list[Quote]) -> int:
+        """One pipeline; answers how many fields of `prices` were new."""
+        pipe = self._redis.pipeline(transaction=False)
+        for start in range(0, max(1, len(quotes)), FRAME_QUOTES_COUNT_MAX):
+            chunk = quotes[start : start + FRAME_QUOTES_COUNT_MAX]
+            if chunk:
+                pipe.hset(PRICES, mapping={quote.symbol: quote_encoder.encode(quote) for quote in chunk})
+            self._sequence += 1
+            frame = QuoteFrame(self._publisher, self._sequence, self._clock.now_ns(), chunk)
+            pipe.publish(QUOTES_CHANNEL, quote_frame_encoder.encode(frame))
+        answers = await pipe.execute()
+        FRAMES.labels("quotes" if quotes else "heartbeat").inc(len(answers[1::2]) if quotes else 1)
+        return sum(answers[::2]) if quotes else 0
+
+    async def _check_server(self) -> None:
+        """Notice a Redis that lost prices, or is not the one of a second ago. Raises AWAY."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.info("server")
+        pipe.hlen(PRICES)
+        server, fields_count = await pipe.execute()
+        previous, self._run_id = self._run_id, str(server.get("run_id", ""))
+        if previous and previous != self._run_id:
+            self._rewrite("another server")
+        elif fields_count < len(self._written):
+            self._rewrite("fields missing")
+
+    def _rewrite(self, reason: str) -> None:
+        known = self._known()
+        self._unsent = {**known, **self._unsent}
+        self._written.clear()
+        REWRITES.inc()
+        _log.warning("prices_rewritten", reason=reason, symbols_count=len(known))
