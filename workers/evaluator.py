@@ -1,0 +1,314 @@
+"""The evaluator: owns shards, books their events, values their portfolios, writes hot state.
+
+Four loops share one Book on one thread; it changes only between awaits, so no lock is needed:
+
+    leases    every second: renew, claim up to the fair share, give back what is over it
+    events    Kafka → one PostgreSQL transaction per shard and batch → Book → hot positions
+    quotes    Redis Pub/Sub → the latest quote per symbol, waiting for the next flush
+    flushes   every `flush_interval_ms`: apply the waiting quotes, cut the day when it is time, write what changed
+
+A shard is let go when its lease is lost, when a transaction or a flush finds a newer epoch, and at the end. Hot
+state that can not be written is written again in full as soon as it can (`OwnedShard.published`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import Decimal
+from functools import partial
+
+import structlog
+import uuid_utils
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+
+from engine.book import Book
+from engine.booking import DeadLetter, Record
+from engine.posting import post
+from engine.runtime import telemetry
+from engine.runtime.clock import Clock, to_datetime
+from engine.runtime.connections import AWAY, Outage, connect_redis, make_engine, make_producer, stopped_within
+from engine.runtime.settings import Settings
+from engine.stores.hot_state_redis import HotStateWriter
+from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter
+from engine.stores.shards_postgres import Shards
+from workers.flusher import Flusher, OwnedShard
+from workers.lifecycle import run_together
+from workers.quote_intake import QuoteIntake
+from workers.sector_map import SectorMap
+
+POLL_TIMEOUT_MS = 100  # how long a fetch waits for events; also how soon a claimed shard is taken up
+LEAVE_TIMEOUT_S = 5  # giving shards back is a courtesy: they expire anyway
+
+_log = structlog.get_logger(__name__)
+
+
+class Evaluator:
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self.owner = f"{socket.gethostname()}-{uuid_utils.uuid7()}"
+        self.book = Book()
+        self.owned: dict[int, OwnedShard] = {}
+        self._engine = make_engine(settings, "evaluator")
+        self._redis = connect_redis(settings, "evaluator")
+        self._ledger = LedgerWriter(self._engine)
+        self.shards = Shards(self._engine, self.owner, settings.lease_duration_ms)
+        self.sectors = SectorMap(self._engine)
+        self.hot = HotStateWriter(self._redis)
+        self.quotes = QuoteIntake(settings)
+        self.flusher = Flusher(settings, clock, self)
+        self._consumer: AIOKafkaConsumer
+        self._producer: AIOKafkaProducer
+        self._log_id = ""
+        self._claims: list[Lease] = []
+        self._leaving: set[int] = set()
+        self._settling = Outage("redis or postgresql")
+        self._settle_at_s = 0.0
+
+    def lose(self, shard: int, reason: str) -> None:
+        """Note that a shard is no longer ours; the events loop lets go of it."""
+        if shard in self.owned:
+            _log.warning("shard_lost", shard=shard, epoch=self.owned[shard].lease.epoch, reason=reason)
+            self._leaving.add(shard)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Evaluate until `stop` is set, then give all shards back."""
+        try:
+            if not await self._connect(stop):
+                return
+            await run_together(
+                self._keep_leases(stop), self._book_events(stop), self.quotes.run(stop), self.flusher.run(stop)
+            )
+        finally:
+            await self._leave()
+
+    async def _connect(self, stop: asyncio.Event) -> bool:
+        outage = Outage("kafka")
+        while not stop.is_set():
+            self._producer = make_producer(self._settings, "evaluator")
+            self._consumer = AIOKafkaConsumer(
+                bootstrap_servers=self._settings.kafka_bootstrap,
+                client_id="navstream-evaluator",
+                enable_auto_commit=False,
+                auto_offset_reset="none",
+                isolation_level="read_committed",
+            )
+            try:
+                await self._producer.start()
+                await self._consumer.start()
+                partitions = await self._producer.partitions_for(self._settings.topic)
+                self._log_id = await self._identify_log()
+                await self.shards.ensure(len(partitions), self._log_id)
+                await self.sectors.load()
+                return True
+            except AWAY as error:
+                await self._producer.stop()
+                await self._consumer.stop()
+                await stopped_within(stop, outage.begin_or_continue(error))
+        return False
+
+    async def _identify_log(self) -> str:
+        """Offsets count within one log: the cluster's own id and the topic, or what the settings name."""
+        if self._settings.kafka_log_id:
+            return self._settings.kafka_log_id
+        admin = AIOKafkaAdminClient(bootstrap_servers=self._settings.kafka_bootstrap)
+        await admin.start()
+        try:
+            cluster = await admin.describe_cluster()
+        finally:
+            await admin.close()
+        return f"{cluster['cluster_id']}/{self._settings.topic}"
+
+    # -- leases ----------------------------------------------------------------------------------------------
+
+    async def _keep_leases(self, stop: asyncio.Event) -> None:
+        outage = Outage("postgresql")
+        while not stop.is_set():
+            try:
+                await self._renew()
+                outage.end()
+            except AWAY as error:
+                outage.begin_or_continue(error)
+            await stopped_within(stop, self._settings.lease_renewal_interval_ms / 1_000)
+
+    async def _renew(self) -> None:
+        held = [shard.lease for shard in self.owned.values()] + self._claims
+        tenure = await self.shards.renew(held, self._log_id)
+        for lease in held:
+            if lease.shard not in tenure.kept:
+                self._claims = [claimed for claimed in self._claims if claimed != lease]
+                self.lose(lease.shard, "lease expired")
+        self._claims += tenure.claimed
+        for shard in sorted(self.owned.keys() - self._leaving)[: tenure.surplus]:
+            _log.info("shard_given_back", shard=shard)
+            self._leaving.add(shard)
+        telemetry.SHARDS_OWNED.set(len(self.owned))
+        telemetry.POSITIONS_HELD.set(self.book.positions_count)
+
+    async def _leave(self) -> None:
+        try:
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                for shard in list(self.owned.values()):
+                    await self.shards.release(shard.lease)
+                await self.shards.leave()
+        except AWAY:
+            _log.warning("leases_left_to_expire", shards=sorted(self.owned))
+        for client in ("_consumer", "_producer"):
+            if hasattr(self, client):
+                await getattr(self, client).stop()
+        await self._redis.aclose()
+        await self._engine.dispose()
+
+    # -- events ----------------------------------------------------------------------------------------------
+
+    async def _book_events(self, stop: asyncio.Event) -> None:
+        outage = Outage("kafka or postgresql")
+        while not stop.is_set():
+            try:
+                await self._change_shards()
+                await self._poll()
+                outage.end()
+            except AWAY as error:
+                # Nothing was booked: the same records are fetched again from the offsets still held.
+                self._assign()
+                await stopped_within(stop, outage.begin_or_continue(error))
+
+    async def _change_shards(self) -> None:
+        """Let go, take up, and bring every shard what it still lacks."""
+        if self._leaving or self._claims:
+            for number in list(self._leaving):
+                await self._let_go(number)
+            # Nothing is valued before the last prices are known.
+            while self._claims and self.quotes.ready.is_set():
+                lease = self._claims[0]
+                await self._take(lease)
+                self._claims = [claimed for claimed in self._claims if claimed is not lease]
+            self._assign()
+        if time.monotonic() >= self._settle_at_s:
+            await self._settle()
+
+    async def _settle(self) -> None:
+        """Bring hot state and the ledger what they lack; booking goes on when Redis is away."""
+        try:
+            for owned in list(self.owned.values()):
+                try:
+                    await self.flusher.settle(owned)
+                except Fenced as error:
+                    self.lose(owned.lease.shard, str(error))
+        except AWAY as error:
+            self._settle_at_s = time.monotonic() + self._settling.begin_or_continue(error)
+        else:
+            self._settling.end()
+
+    async def _let_go(self, number: int) -> None:
+        self._leaving.discard(number)
+        if leaving := self.owned.pop(number, None):
+            self.book.drop_shard(number)
+            await self.shards.release(leaving.lease)
+
+    async def _take(self, lease: Lease) -> None:
+        """Load a claimed shard; it is published by the next `settle`."""
+        before = self.owned.pop(lease.shard, None)
+        try:
+            if before is not None:
+                await self.flusher.store_cuts(before)
+            owned = await self.flusher.take(lease)
+        except Fenced as error:
+            _log.warning("shard_lost", shard=lease.shard, epoch=lease.epoch, reason=str(error))
+            return
+        self.owned[lease.shard] = owned
+        _log.info("shard_taken", shard=lease.shard, epoch=lease.epoch, next_offset=owned.next_offset)
+
+    def _assign(self) -> None:
+        topic = self._settings.topic
+        self._consumer.assign([TopicPartition(topic, number) for number in self.owned])
+        for number, shard in self.owned.items():
+            self._consumer.seek(TopicPartition(topic, number), shard.next_offset)
+
+    async def _poll(self) -> None:
+        if not self.owned:
+            await asyncio.sleep(POLL_TIMEOUT_MS / 1_000)
+            return
+        fetched = await self._consumer.getmany(
+            timeout_ms=POLL_TIMEOUT_MS, max_records=self._settings.event_batch_count_max
+        )
+        await asyncio.gather(
+            *(
+                self._book_batch(self.owned[partition.partition], records)
+                for partition, records in fetched.items()
+                if partition.partition in self.owned and partition.partition not in self._leaving
+            )
+        )
+
+    async def _book_batch(self, shard: OwnedShard, fetched: Sequence[object]) -> None:
+        records = [
+            Record(record.offset, record.key, record.value)  # type: ignore[attr-defined]
+            for record in fetched
+            if record.offset >= shard.next_offset  # type: ignore[attr-defined]
+        ]
+        if not records:
+            return
+        try:
+            with telemetry.BOOKING_TIME.time():
+                booked = await self._ledger.book(
+                    shard.lease, records, self, self._now(), partial(self._bury, shard.lease)
+                )
+        except Fenced as error:
+            self.lose(shard.lease.shard, str(error))
+            return
+        except AWAY:
+            # The commit may have happened without its answer: only the ledger knows, so the shard is read again.
+            if shard.lease not in self._claims:
+                self._claims.append(shard.lease)
+            raise
+        shard.next_offset = records[-1].offset + 1
+        telemetry.EVENTS.labels("booked").inc(len(booked.entries))
+        telemetry.EVENTS.labels("duplicate").inc(booked.duplicates)
+        telemetry.UNCLASSIFIED.inc(len(booked.unclassified))
+        if self.owned.get(shard.lease.shard) is not shard:
+            return
+        self.sectors.learn(booked.unclassified)
+        changes = post(self.book, shard.lease.shard, booked, self.sectors.sector_of)
+        for portfolio_id in booked.opened:
+            self.flusher.place(portfolio_id)
+        await self.flusher.write_positions(shard, changes)
+
+    async def _bury(self, lease: Lease, letters: Sequence[DeadLetter]) -> None:
+        for letter in letters:
+            telemetry.EVENTS.labels("dead_letter").inc()
+            telemetry.DEAD_LETTERS.labels(letter.code).inc()
+            _log.warning("dead_letter", code=letter.code, reason=letter.reason, offset=letter.record.offset)
+        await asyncio.gather(*(self._produce_dead_letter(lease, letter) for letter in letters))
+
+    async def _produce_dead_letter(self, lease: Lease, letter: DeadLetter) -> None:
+        headers = [
+            ("code", letter.code.encode()),
+            ("reason", letter.reason.encode()),
+            ("topic", self._settings.topic.encode()),
+            ("partition", b"%d" % lease.shard),
+            ("offset", b"%d" % letter.record.offset),
+        ]
+        await self._producer.send_and_wait(
+            f"{self._settings.topic}.dlq", letter.record.value or b"", key=letter.record.key, headers=headers
+        )
+
+    def _now(self) -> datetime:
+        return to_datetime(self._clock.now_ns())
+
+    # -- engine.booking.Marks --------------------------------------------------------------------------------
+
+    def nav(self, portfolio_id: str) -> int:
+        return self.book.nav(portfolio_id)
+
+    def price(self, symbol: str) -> Decimal | None:
+        return self.book.price(symbol)
+
+
+async def run_evaluator(settings: Settings, clock: Clock, stop: asyncio.Event) -> None:
+    """Run one evaluator process until `stop` is set."""
+    await Evaluator(settings, clock).run(stop)

@@ -1,0 +1,31 @@
+"""Symbol → sector, from the asset table, kept in memory; what is not there is UNCLASSIFIED."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from engine.stores.ledger_postgres import UNCLASSIFIED
+from engine.stores.tables import asset
+
+
+class SectorMap:
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._sectors: dict[str, str] = {}
+
+    async def load(self) -> None:
+        """Read all assets. Raises DBAPIError, OSError."""
+        async with self._engine.connect() as connection:
+            rows = await connection.execute(select(asset.c.symbol, asset.c.sector))
+            self._sectors = {row.symbol: row.sector for row in rows}
+
+    def learn(self, unclassified: Iterable[str]) -> None:
+        """Note assets that a fill has just created."""
+        for symbol in unclassified:
+            self._sectors.setdefault(symbol, UNCLASSIFIED)
+
+    def sector_of(self, symbol: str) -> str:
+        return self._sectors.get(symbol, UNCLASSIFIED)
