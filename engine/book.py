@@ -20,8 +20,7 @@ Exactness. `value_new` equals engine.amounts.value_micro for every quantity and 
 
 A price at which a holder's value leaves ±AMOUNT_MAX_MICRO is refused with AmountError and changes nothing.
 
-A position that never had a price is carried at its cost; its portfolio's quality is MISSING.
-No I/O, no clock: time comes as an argument. Not thread-safe; one evaluator's loop owns it.
+A position that never had a price is carried at its cost; its portfolio's quality is MISSING. Not thread-safe.
 """
 
 from __future__ import annotations
@@ -114,8 +113,7 @@ class _Column:
         self.price: Decimal | None = None
         self.ts_event_ns = 0
         self.stale = False
-        # They bound what is in the column; one that is too wide is merely slower.
-        self.decimals_max = 0
+        self.decimals_max = 0  # these two bound what is in the column; too wide is merely slower
         self.quantity_max: float = 0
 
     def reserve(self, count: int) -> None:
@@ -470,9 +468,8 @@ class Book:
         """(portfolio id, positions value) recomputed from quantities and prices alone: the delta path's oracle."""
         totals = dict.fromkeys(self._slot_of.values(), 0)
         for column in self._columns.values():
-            rows = slice(0, column.count)
-            columns = (column.holder, column.quantity, column.cost)
-            for holder, quantity, cost in zip(*(array[rows].tolist() for array in columns), strict=True):
+            arrays = (array[: column.count].tolist() for array in (column.holder, column.quantity, column.cost))
+            for holder, quantity, cost in zip(*arrays, strict=True):
                 totals[holder] += carried_value(Decimal(repr(quantity)), cost, column.price)
         return ((self._id_of[slot], total) for slot, total in totals.items())
 

@@ -56,10 +56,14 @@ return current
 
 # KEYS: pointer, then positions, sectors, sector_values of each portfolio. ARGV: epoch, then for each portfolio
 # whether to replace, and four counted lists: symbols to remove, positions, weights, sector values. Lua's stack takes
-# fewer than 8,000 arguments of a call, so a longer list is applied in even parts of 4,000.
+# fewer than 8,000 arguments of a call, so a longer list is applied in even parts of 4,000. A new owner writes
+# positions before it moves the pointer; its epoch is noted, so that the former owner can not write in between.
 _POSITIONS = """
-local current = redis.call('HGET', KEYS[1], 'epoch')
-if current and tonumber(current) > tonumber(ARGV[1]) then return 0 end
+for _, name in ipairs({'epoch', 'positions_epoch'}) do
+  local current = redis.call('HGET', KEYS[1], name)
+  if current and tonumber(current) > tonumber(ARGV[1]) then return 0 end
+end
+redis.call('HSET', KEYS[1], 'positions_epoch', ARGV[1])
 local at = 2
 local function apply(command, key)
   local count = tonumber(ARGV[at])
@@ -110,9 +114,9 @@ class MarksLayout:
         name = portfolio_id.encode()
         if slot >= len(self.length_of):
             grown = max(slot + 1, 2 * len(self.length_of))
-            self.length_of = np.resize(self.length_of, grown)
-            self.row_of = np.resize(self.row_of, grown)
-            self.length_of[slot:] = 0
+            more = grown - len(self.length_of)
+            self.length_of = np.pad(self.length_of, (0, more))
+            self.row_of = np.pad(self.row_of, (0, more))
         template = self.templates.get(len(name))
         if template is not None and self.length_of[slot] == len(name):
             template.rows["id"][self.row_of[slot]] = name

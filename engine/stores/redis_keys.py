@@ -7,7 +7,10 @@ QUOTES_CHANNEL = "quotes"
 
 
 def shard(n: int) -> str:
-    """Hash: epoch, sequence, owner, updated_at. The pointer that readers follow; its epoch only grows."""
+    """Hash: epoch, sequence, owner, updated_at_ns: the pointer that readers follow; its epoch only grows.
+
+    `positions_epoch` is the newest epoch that wrote positions, which a new owner does before it moves the pointer.
+    """
     return f"shard:{{{n}}}"
 
 

@@ -102,6 +102,8 @@ class Shards:
                     f"the topic has {count} partitions, the ledger was built with {known}; "
                     "use a topic with as many, or a new database"
                 )
+            # An empty ledger takes the shape of any topic; a shard too many would be owned and never read.
+            await connection.execute(shard.delete().where(shard.c.id >= count))
             rows = [{"id": n, "log_id": log_id, "next_offset": 0, "epoch": 0} for n in range(count)]
             await connection.execute(insert(shard).on_conflict_do_nothing(), rows)
 

@@ -1,0 +1,361 @@
+"""The command line: the composition root of every process, and the only module that knows both workers and API.
+
+`up` and `demo` start servers that the settings do not name (embedded), bring the database to the newest schema,
+start the workers and the API as child processes and keep them running. All other commands are one process each;
+they find a running system by the same settings or by its ready file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import structlog
+import typer
+import uvloop
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.syntax import Syntax
+
+from engine.runtime.clock import Clock, make_clock
+from engine.runtime.settings import ReadyFile, Settings, read_ready_file
+from engine.runtime.telemetry import start_telemetry
+
+app = typer.Typer(
+    help="Real-time portfolio intelligence: NAV, P&L and allocation, live over GraphQL.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+)
+assets_app = typer.Typer(help="The asset catalogue.", no_args_is_help=True)
+app.add_typer(assets_app, name="assets")
+console = Console()
+errors = Console(stderr=True)
+
+READY_FILE = typer.Option("--ready-file", help="The ready file of a running system, in place of settings.")
+Ready = Annotated[Path | None, READY_FILE]
+Worker = Callable[[Settings, Clock, asyncio.Event], Coroutine[Any, Any, object]]
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End with one clear line."""
+    errors.print(message, style="bold red", highlight=False)
+    raise typer.Exit(code)
+
+
+def settings_of(ready_file: Path | None, *needed: str) -> Settings:
+    """Settings from the environment, pointed at a ready file's system; `needed` ones must not be empty."""
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        fail("\n".join(f"NAVSTREAM_{item['loc'][0]}: {item['msg']}".upper() for item in error.errors()))
+    if ready_file is not None:
+        try:
+            settings = settings.using(read_ready_file(ready_file))
+        except (OSError, msgspec.MsgspecError) as error:
+            fail(f"{ready_file} is not a ready file: {error}")
+    missing = [f"NAVSTREAM_{name.upper()}" for name in needed if not getattr(settings, name)]
+    if missing:
+        fail(f"set {', '.join(missing)}, or name a running system with --ready-file")
+    return settings
+
+
+DEMO_OWNER = "demo"
+DEMO_TOKEN_TTL_S = 24 * 3600
+DEMO_OPERATIONS = (
+    """subscription Nav { navUpdates(portfolioId: "demo-0001") { kind nav quality asOf sequence conflated } }""",
+    """subscription Pnl { pnlUpdates(portfolioId: "demo-0001") { kind dayPnl unrealizedPnl realizedPnl asOf } }""",
+    """query Dashboard {
+  portfolio(portfolioId: "demo-0001") {
+    name
+    valuation { nav cash positionsValue unrealizedPnl dayPnl quality asOf }
+    sectorAllocation { sector value weight weightAtLastFill }
+    positions(first: 15) { edges { node { asset { symbol sector } quantity price marketValue unrealizedPnl } } }
+    equityCurve(range: DAYS_7) { points { at nav } }
+  }
+}""",
+)
+SERVERS = ("redis_url", "postgres_url", "kafka_bootstrap")
+
+
+def run_worker(role: str, settings: Settings, worker: Worker) -> None:
+    """Run one worker on this process's loop until SIGINT or SIGTERM."""
+    from workers.lifecycle import stop_on_signal
+
+    start_telemetry(settings, role)
+
+    async def run() -> None:
+        await worker(settings, make_clock(settings.market_clock), stop_on_signal())
+
+    uvloop.run(run())
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(help="Where the API listens, on loopback.")] = 8000,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Keep PostgreSQL and Valkey here; without it nothing outlives the run.")
+    ] = None,
+    evaluators: Annotated[int, typer.Option(min=1, max=64, help="How many evaluator processes.")] = 1,
+    feed: Annotated[
+        str, typer.Option(help="simulated[:RATE], replay:FILE[@SPEED], ws:URL or coinbase[:URL]; none by default.")
+    ] = "",
+    ready_file: Annotated[Path | None, typer.Option(help="Written, as JSON, when all is ready.")] = None,
+) -> None:
+    """Start the whole system, without invented data.
+
+    Servers that NAVSTREAM_REDIS_URL, NAVSTREAM_POSTGRES_URL and NAVSTREAM_KAFKA_BOOTSTRAP do not name are embedded.
+
+    Example: `navstream up --port 8080 --data-dir ./data --feed coinbase: --ready-file ready.json`
+    """
+    from workers.system import SystemOptions, run_system
+
+    settings = settings_of(None).model_copy(update={"port": port})
+    run_system(settings, SystemOptions(data_dir, evaluators, feed, ready_file), fail, print_addresses)
+
+
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(help="Where the API listens, on loopback.")] = 8000,
+    replay: Annotated[
+        str,
+        typer.Option(
+            help="FILE[@SPEED]: recorded daily bars, SPEED market days a second, in place of invented prices."
+        ),
+    ] = "",
+    portfolios: Annotated[int, typer.Option(min=1, max=20_000, help="How many portfolios of 15 positions.")] = 500,
+    evaluators: Annotated[int, typer.Option(min=1, max=64, help="How many evaluator processes.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of everything that is invented.")] = 7,
+    data_dir: Annotated[Path | None, typer.Option(help="Keep PostgreSQL and Valkey here.")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="Written, as JSON, when all is ready.")] = None,
+) -> None:
+    """Start everything with invented portfolios and moving prices, and say what to open in a browser.
+
+    Example: `navstream demo --replay bars.csv.gz@2 --portfolios 500`
+    """
+    from workers.system import SystemOptions, run_system
+
+    # The demo's terminal is for what it prints; its processes speak up when something is wrong.
+    quiet = {} if "NAVSTREAM_LOG_LEVEL" in os.environ else {"log_level": "WARNING"}
+    settings = settings_of(None).model_copy(update={"port": port} | quiet)
+    feed = f"replay:{replay}" if replay else "simulated"
+    options = SystemOptions(data_dir, evaluators, feed, ready_file, demo_portfolios=portfolios, seed=seed)
+    run_system(settings, options, fail, print_demo)
+
+
+def print_addresses(ready: ReadyFile, settings: Settings) -> None:
+    console.print(f"navstream is ready: {ready.graphql_url}", highlight=False)
+
+
+def print_demo(ready: ReadyFile, settings: Settings) -> None:
+    """Where to look, as whom, and what to ask."""
+    from api.auth import issue_token
+
+    signed = issue_token(
+        settings, DEMO_OWNER, "portfolio:read ledger:read ledger:write", DEMO_TOKEN_TTL_S, datetime.now(UTC)
+    )
+    console.rule("navstream demo")
+    console.print("Open in a browser (the token is in the link and stays in the browser):")
+    sys.stdout.write(f"\n  {ready.graphql_url}#token={signed}\n\n")
+    console.print("Development token, for the headers pane or `Authorization: Bearer …`:")
+    sys.stdout.write(f"\n{signed}\n\n")
+    console.print("Three operations to paste:")
+    for operation in DEMO_OPERATIONS:
+        console.print(Syntax(operation, "graphql", background_color="default"))
+    if ready.market_clock:
+        console.print("Splits and dividends of the recorded year are not applied yet: prices of those days jump.")
+    console.print("Ctrl-C ends everything.")
+
+
+@app.command()
+def api(ready_file: Ready = None, port: Annotated[int | None, typer.Option(help="Where to listen.")] = None) -> None:
+    """Serve GraphQL. Example: `navstream api --ready-file ready.json --port 8001`"""
+    from api.app import serve
+
+    settings = settings_of(ready_file, *SERVERS)
+    if port is not None:
+        settings = settings.model_copy(update={"port": port})
+    start_telemetry(settings, "api")
+    serve(settings, make_clock(settings.market_clock))
+
+
+@app.command()
+def quotes(
+    feed: Annotated[str, typer.Option(help="simulated[:RATE], replay:FILE[@SPEED], ws:URL or coinbase[:URL].")],
+    ready_file: Ready = None,
+    seed: Annotated[int | None, typer.Option(help="Of a simulated feed.")] = None,
+) -> None:
+    """Bring a feed's quotes into Redis. Example: `navstream quotes --feed ws:ws://127.0.0.1:9000`"""
+    from workers.feeds.select import make_feed
+    from workers.quotes import run_quotes
+
+    settings = settings_of(ready_file, "redis_url")
+
+    async def run(settings: Settings, clock: Clock, stop: asyncio.Event) -> None:
+        await run_quotes(settings, make_feed(feed, clock, seed), clock, stop)
+
+    try:
+        run_worker("quotes", settings, run)
+    except ValueError as error:
+        fail(str(error))
+
+
+@app.command()
+def replay(
+    recording: Annotated[str, typer.Argument(help="FILE[@SPEED] of daily bars.")], ready_file: Ready = None
+) -> None:
+    """Replay recorded bars into a running system that was started with the same recording's clock.
+
+    Example: `navstream replay bars.csv.gz@2 --ready-file ready.json`
+    """
+    quotes(f"replay:{recording}", ready_file)
+
+
+@app.command()
+def evaluator(ready_file: Ready = None) -> None:
+    """Own shards: book their events, value their portfolios. Example: `navstream evaluator --ready-file ready.json`"""
+    from workers.evaluator import run_evaluator
+
+    run_worker("evaluator", settings_of(ready_file, *SERVERS), run_evaluator)
+
+
+@app.command()
+def snapshots(ready_file: Ready = None) -> None:
+    """Take equity snapshots on the hourly grid. Example: `navstream snapshots --ready-file ready.json`"""
+    from workers.snapshots import run_snapshots
+
+    run_worker("snapshots", settings_of(ready_file, "redis_url", "postgres_url"), run_snapshots)
+
+
+@app.command(hidden=True)
+def traders(
+    portfolios: int, seed: int, recording: Annotated[str, typer.Option()] = "", ready_file: Ready = None
+) -> None:
+    """The demo's invented portfolios and their trading."""
+    from workers.demo import run_demo_traders
+
+    settings = settings_of(ready_file, *SERVERS)
+
+    async def run(settings: Settings, clock: Clock, stop: asyncio.Event) -> None:
+        await run_demo_traders(settings, clock, stop, portfolios, seed, recording)
+
+    run_worker("traders", settings, run)
+
+
+@app.command()
+def reconcile(ready_file: Ready = None) -> None:
+    """Compare hot state with a Decimal fold of the ledger for every portfolio; exit 1 on any difference.
+
+    Example: `navstream reconcile --ready-file ready.json`
+    """
+    from workers.reconciler import reconcile_once
+
+    settings = settings_of(ready_file, "redis_url", "postgres_url")
+    report = asyncio.run(reconcile_once(settings))
+    for difference in report.differences[:100]:
+        console.print(
+            f"{difference.portfolio_id} {difference.figure}: expected {difference.expected}, found {difference.found}",
+            highlight=False,
+            markup=False,
+        )
+    console.print(
+        f"{report.portfolios_count} portfolios, {report.entries_count} ledger entries, "
+        f"{len(report.differences)} differences",
+        highlight=False,
+    )
+    raise typer.Exit(1 if report.differences else 0)
+
+
+@app.command()
+def events(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="One JSON event a line.")],
+    ready_file: Ready = None,
+) -> None:
+    """Produce portfolio events and report how many were acknowledged; exit 1 when not all were.
+
+    Example: `navstream events fills.jsonl --ready-file ready.json`
+    """
+    from workers.traders import produce_events
+
+    settings = settings_of(ready_file, "kafka_bootstrap")
+    with file.open("rb") as lines:
+        total = sum(1 for line in lines if line.strip())
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors) as progress, file.open("rb") as lines:
+        task = progress.add_task("acknowledged", total=total)
+        produce = produce_events(settings, lines, lambda count: progress.update(task, completed=count))
+        acknowledged = asyncio.run(produce)
+    console.print(f"{acknowledged} of {total} events acknowledged", highlight=False)
+    raise typer.Exit(0 if acknowledged == total else 1)
+
+
+@app.command()
+def token(
+    sub: Annotated[str, typer.Option(help="The subject: whose portfolios it opens.")],
+    scope: Annotated[str, typer.Option(help="Separated by blanks: portfolio:read ledger:read ledger:write admin.")],
+    ttl: Annotated[int, typer.Option(min=1, help="Seconds until it expires.")] = 3600,
+    ready_file: Ready = None,
+) -> None:
+    """Print a JWT signed with NAVSTREAM_JWT_SECRET.
+
+    Example: `navstream token --sub demo --scope "portfolio:read ledger:read" --ttl 600`
+    """
+    from api.auth import issue_token
+
+    settings = settings_of(ready_file, "jwt_secret")
+    try:
+        sys.stdout.write(issue_token(settings, sub, scope, ttl, datetime.now(UTC)) + "\n")
+    except ValueError as error:
+        fail(str(error))
+
+
+@app.command()
+def schema(
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 when schema.graphql is stale.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Bring schema.graphql up to date.")] = False,
+) -> None:
+    """Print the GraphQL schema in SDL. Example: `navstream schema > schema.graphql`"""
+    from resolvers.schema import print_schema
+
+    sdl, path = print_schema(), Path(__file__).with_name("schema.graphql")
+    if write:
+        path.write_text(sdl)
+    elif check:
+        if not path.exists() or path.read_text() != sdl:
+            fail("schema.graphql is stale: run `navstream schema --write` and look at the difference", 1)
+        console.print("schema.graphql is what the code says")
+    else:
+        sys.stdout.write(sdl)
+
+
+@assets_app.command("load")
+def assets_load(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="symbol,name,asset_class,sector,industry")],
+    ready_file: Ready = None,
+) -> None:
+    """Add assets to the catalogue, or change their classification. Example: `navstream assets load my_assets.csv`"""
+    from workers.catalogue import load_assets
+
+    settings = settings_of(ready_file, "postgres_url")
+    try:
+        count = asyncio.run(load_assets(settings, file.read_text()))
+    except ValueError as error:
+        fail(f"{file}: {error}")
+    console.print(f"{count} assets loaded", highlight=False)
+
+
+def main() -> None:
+    """Entry point of the `navstream` program."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The whole system on one machine: servers, schema, catalogue, then every role as a supervised child process.
+
+    1. start what the settings do not name (embedded), all at once
+    2. migrate the database and load the shipped catalogue
+    3. start evaluators, API, snapshots, and with a feed the quotes worker
+    4. wait until the API is ready and every shard is owned, then write the ready file
+    5. supervise until SIGINT or SIGTERM; then stop workers first, servers last
+
+Children run this same program (`python -m navstream ROLE`) and get their settings by environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import asyncpg
+import msgspec
+import structlog
+from pydantic import SecretStr
+
+from engine.runtime.clock import SECOND_NS
+from engine.runtime.connections import connect_postgres
+from engine.runtime.embedded import EmbeddedError, start_embedded
+from engine.runtime.reaper import ChildProcesses
+from engine.runtime.settings import ReadyFile, Settings
+from engine.runtime.supervisor import Supervisor
+from engine.runtime.telemetry import start_telemetry
+from engine.stores.migrate import upgrade
+from workers.catalogue import load_assets
+from workers.feeds.replay import parse_replay, plan_replay
+
+READY_TIMEOUT_S = 120
+READY_POLL_INTERVAL_S = 0.1
+# A recorded market opens this long after the plan is made, so that portfolios exist when it moves.
+MARKET_OPENS_IN_S = 12
+JWT_SECRET_BYTES = 32
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SystemOptions:
+    """What to start. `demo_portfolios` > 0 adds the demo's traders, seeded with `seed`."""
+
+    data_dir: Path | None
+    evaluators: int
+    feed: str
+    ready_file: Path | None
+    demo_portfolios: int = 0
+    seed: int = 7
+
+
+def run_system(
+    settings: Settings,
+    options: SystemOptions,
+    fail: Callable[[str], NoReturn],
+    on_ready: Callable[[ReadyFile, Settings], None],
+) -> None:
+    """Run the system until a signal. `fail` ends the program with one line; `on_ready` is told the addresses."""
+    start_telemetry(settings, "system")
+    with ChildProcesses() as children:
+        try:
+            settings, server_pids = _start_servers(settings, options, children)
+            settings = _plan_clock(settings, options)
+            asyncio.run(_prepare(settings, options))
+        except (EmbeddedError, OSError, ValueError, asyncpg.PostgresError) as error:
+            fail(str(error))
+        supervisor = Supervisor(children)
+        _start_roles(supervisor, settings, options)
+        ready = _wait_until_ready(settings, options, supervisor, server_pids, fail)
+        if options.ready_file is not None:
+            _write_ready_file(options.ready_file, ready)
+        on_ready(ready, settings)
+        try:
+            supervisor.run_until_signal()
+        finally:
+            if options.ready_file is not None:
+                options.ready_file.unlink(missing_ok=True)
+
+
+def _start_servers(
+    settings: Settings, options: SystemOptions, children: ChildProcesses
+) -> tuple[Settings, dict[str, int]]:
+    servers = start_embedded(
+        children,
+        options.data_dir,
+        redis=not settings.redis_url,
+        postgres=not settings.postgres_url,
+        kafka=not settings.kafka_bootstrap,
+    )
+    secret = settings.jwt_secret.get_secret_value() or secrets.token_hex(JWT_SECRET_BYTES)
+    update = {
+        "redis_url": settings.redis_url or servers.redis_url,
+        "postgres_url": settings.postgres_url or servers.postgres_url,
+        "kafka_bootstrap": settings.kafka_bootstrap or servers.kafka_bootstrap,
+        "jwt_secret": SecretStr(secret),
+    }
+    return settings.model_copy(update=update), servers.pids
+
+
+def _plan_clock(settings: Settings, options: SystemOptions) -> Settings:
+    """A replay makes the recorded market's time the program's. Raises OSError, ValueError."""
+    kind, _, rest = options.feed.partition(":")
+    if kind != "replay":
+        return settings
+    path, speed_milli = parse_replay(rest)
+    plan = plan_replay(path, speed_milli, time.time_ns() + MARKET_OPENS_IN_S * SECOND_NS)
+    return settings.model_copy(update={"market_clock": plan.plan_json})
+
+
+async def _prepare(settings: Settings, options: SystemOptions) -> None:
+    await upgrade(settings.postgres_url)
+    beside = recording_of(options.feed).with_name("assets.csv") if recording_of(options.feed).name else None
+    if beside is not None and beside.exists():
+        await load_assets(settings, beside.read_text())
+    await load_assets(settings)
+
+
+def recording_of(feed: str) -> Path:
+    """The file a replay feed names; an empty path for other feeds."""
+    kind, _, rest = feed.partition(":")
+    return parse_replay(rest)[0] if kind == "replay" else Path()
+
+
+def _start_roles(supervisor: Supervisor, settings: Settings, options: SystemOptions) -> None:
+    environment = os.environ | settings.environment()
+
+    def start(role: str, *arguments: str) -> None:
+        supervisor.add(role, [sys.executable, "-m", "navstream", *arguments], environment)
+
+    for number in range(options.evaluators):
+        start(f"evaluator-{number}", "evaluator")
+    start("api", "api")
+    start("snapshots", "snapshots")
+    if options.feed:
+        start("quotes", "quotes", "--feed", options.feed, "--seed", str(options.seed))
+    if options.demo_portfolios:
+        recording = recording_of(options.feed)
+        extra = ("--recording", str(recording)) if recording.name else ()
+        start("traders", "traders", str(options.demo_portfolios), str(options.seed), *extra)
+
+
+def _wait_until_ready(
+    settings: Settings,
+    options: SystemOptions,
+    supervisor: Supervisor,
+    server_pids: dict[str, int],
+    fail: Callable[[str], NoReturn],
+) -> ReadyFile:
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    base = f"http://{settings.host}:{settings.port}"
+    while not (_answers(f"{base}/readyz") and asyncio.run(_shards_owned(settings))):
+        if time.monotonic() > deadline_s:
+            fail(f"not ready within {READY_TIMEOUT_S} s: see the log above and {base}/readyz")
+        time.sleep(READY_POLL_INTERVAL_S)
+        supervisor.tick(time.monotonic())
+    return ReadyFile(
+        graphql_url=f"{base}/graphql",
+        ws_url=f"ws://{settings.host}:{settings.port}/graphql",
+        redis_url=settings.redis_url,
+        postgres_url=settings.postgres_url,
+        kafka_bootstrap=settings.kafka_bootstrap,
+        topic=settings.topic,
+        jwt_secret=settings.jwt_secret.get_secret_value(),
+        market_clock=settings.market_clock,
+        pids={**server_pids, **supervisor.pids, "system": os.getpid()},
+    )
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - our own loopback address
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+async def _shards_owned(settings: Settings) -> bool:
+    pool = await connect_postgres(settings, "system")
+    try:
+        owned = await pool.fetchval("SELECT bool_and(lease_until > now()) FROM shard")
+    finally:
+        await pool.close()
+    return bool(owned)
+
+
+def _write_ready_file(path: Path, ready: ReadyFile) -> None:
+    """Appear whole or not at all; for this user's eyes only, because it holds passwords and the secret."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with suppress(FileNotFoundError):
+        partial.unlink()
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(ready)))
+    partial.replace(path)
