@@ -43,6 +43,9 @@ from workers.sector_map import SectorMap
 
 POLL_TIMEOUT_MS = 100  # how long a fetch waits for events; also how soon a claimed shard is taken up
 LEAVE_TIMEOUT_S = 5  # giving shards back is a courtesy: they expire anyway
+# A record as large as the broker takes would not fit with the headers of a dead letter; the rest is cut off.
+DEAD_LETTER_BYTES_MAX = 900_000
+DEAD_LETTER_KEY_BYTES_MAX = 1_000
 
 _log = structlog.get_logger(__name__)
 
@@ -144,7 +147,9 @@ class Evaluator:
                 self._claims = [claimed for claimed in self._claims if claimed != lease]
                 self.lose(lease.shard, "lease expired")
         self._claims += tenure.claimed
-        for shard in sorted(self.owned.keys() - self._leaving)[: tenure.surplus]:
+        # Those that are about to be let go still count as ours in `tenure`.
+        surplus = max(0, tenure.surplus - len(self._leaving & tenure.kept))
+        for shard in sorted(self.owned.keys() - self._leaving)[:surplus]:
             _log.info("shard_given_back", shard=shard)
             self._leaving.add(shard)
         telemetry.SHARDS_OWNED.set(len(self.owned))
@@ -153,9 +158,10 @@ class Evaluator:
     async def _leave(self) -> None:
         try:
             async with asyncio.timeout(LEAVE_TIMEOUT_S):
-                for shard in list(self.owned.values()):
-                    await self.shards.release(shard.lease)
+                # First of all: an evaluator that counts and owns nothing would make the others give shards back.
                 await self.shards.leave()
+                for lease in [shard.lease for shard in self.owned.values()] + self._claims:
+                    await self.shards.release(lease)
         except AWAY:
             _log.warning("leases_left_to_expire", shards=sorted(self.owned))
         for client in ("_consumer", "_producer"):
@@ -213,14 +219,18 @@ class Evaluator:
 
     async def _take(self, lease: Lease) -> None:
         """Load a claimed shard; it is published by the next `settle`."""
-        before = self.owned.pop(lease.shard, None)
+        before = self.owned.get(lease.shard)
         try:
             if before is not None:
+                before.published = False
                 await self.flusher.store_cuts(before)
             owned = await self.flusher.take(lease)
         except Fenced as error:
             _log.warning("shard_lost", shard=lease.shard, epoch=lease.epoch, reason=str(error))
+            self.lose(lease.shard, str(error))
             return
+        if before is not None and before.lease == lease:
+            owned.sequence = before.sequence  # (epoch, sequence) orders marks, so it goes on within an epoch
         self.owned[lease.shard] = owned
         _log.info("shard_taken", shard=lease.shard, epoch=lease.epoch, next_offset=owned.next_offset)
 
@@ -237,13 +247,16 @@ class Evaluator:
         fetched = await self._consumer.getmany(
             timeout_ms=POLL_TIMEOUT_MS, max_records=self._settings.event_batch_count_max
         )
-        await asyncio.gather(
-            *(
-                self._book_batch(self.owned[partition.partition], records)
-                for partition, records in fetched.items()
-                if partition.partition in self.owned and partition.partition not in self._leaving
-            )
+        batches = (
+            self._book_batch(self.owned[partition.partition], records)
+            for partition, records in fetched.items()
+            if partition.partition in self.owned and partition.partition not in self._leaving
         )
+        # All come to an end before anything is fetched again: a shard never has two batches under way.
+        outcomes = await asyncio.gather(*batches, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def _book_batch(self, shard: OwnedShard, fetched: Sequence[object]) -> None:
         records = [
@@ -293,8 +306,14 @@ class Evaluator:
             ("partition", b"%d" % lease.shard),
             ("offset", b"%d" % letter.record.offset),
         ]
+        value, key = letter.record.value or b"", letter.record.key
+        if len(value) > DEAD_LETTER_BYTES_MAX:
+            headers.append(("full_length", b"%d" % len(value)))
         await self._producer.send_and_wait(
-            f"{self._settings.topic}.dlq", letter.record.value or b"", key=letter.record.key, headers=headers
+            f"{self._settings.topic}.dlq",
+            value[:DEAD_LETTER_BYTES_MAX],
+            key=None if key is None else key[:DEAD_LETTER_KEY_BYTES_MAX],
+            headers=headers,
         )
 
     def _now(self) -> datetime:

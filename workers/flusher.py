@@ -18,14 +18,13 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Protocol
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from engine.amounts import AmountError
+from engine.amounts import AmountError, parse_number
 from engine.book import Book
 from engine.marks import FrameHeader, MarkArray
 from engine.messages import Quote
@@ -135,8 +134,14 @@ class Flusher:
         await self.store_cuts(owned)
         if not owned.published:
             await self.publish(owned)
-        elif owned.positions_due and await self.write_all_positions(owned):
+        elif owned.positions_due:
+            # Cleared first: a day cut may come while they are written, and makes them due again.
             owned.positions_due = False
+            try:
+                await self.write_all_positions(owned)
+            except BaseException:
+                owned.positions_due = True
+                raise
 
     async def store_cuts(self, owned: OwnedShard) -> None:
         """Give the ledger the day bases it does not have yet. Raises Fenced; AWAY errors."""
@@ -207,6 +212,10 @@ class Flusher:
 
     async def _flush_shard(self, owned: OwnedShard, slots: NDArray[np.int64], oldest_event_ns: int) -> None:
         now_s = time.monotonic()
+        # A shard may have been let go, and its slots taken by others, since they were counted as changed.
+        if self._host.owned.get(owned.lease.shard) is not owned or not owned.published:
+            return
+        slots = slots[self._host.book.shard[slots] == owned.lease.shard]
         if not len(slots) and now_s - owned.flushed_at_s < HEARTBEAT_INTERVAL_S:
             return
         book = self._host.book
@@ -249,7 +258,10 @@ class Flusher:
 
     def _tick(self, quote: Quote) -> int:
         try:
-            return self._host.book.tick(quote.symbol, Decimal(quote.price), quote.ts_event_ns)
+            price = parse_number(quote.price, "price")
+            if price <= 0:
+                raise AmountError("NOT_POSITIVE", "price is not positive")
+            return self._host.book.tick(quote.symbol, price, quote.ts_event_ns)
         except AmountError as error:
             telemetry.QUOTES_REFUSED.inc()
             _log.warning("quote_refused", symbol=quote.symbol, price=quote.price, reason=str(error))

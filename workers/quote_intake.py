@@ -110,7 +110,10 @@ class QuoteIntake:
     async def _read_prices(self, redis: Redis) -> None:
         for value in (await redis.hgetall(redis_keys.PRICES)).values():
             assert isinstance(value, bytes)
-            self._offer(quote_decoder.decode(value))
+            try:
+                self._offer(quote_decoder.decode(value))
+            except msgspec.MsgspecError as error:
+                _log.warning("bad_quote", reason=str(error))
         self.ready.set()
 
     def _offer(self, quote: Quote) -> None:

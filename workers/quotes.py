@@ -10,12 +10,11 @@ Every attempt uses up its frame sequences, also one whose answer was lost: a sub
 reads `prices`), the same quotes under a later sequence, or the same frame twice; never nothing.
 
 Redis away: the latest quote of each symbol is kept (bounded by `symbols_count_max`) and sent when it is back.
-Redis flushed, replaced or restarted from an old copy: noticed within CHECK_INTERVAL_S (the hash has fewer
-fields than this worker wrote, an HSET made more new fields than it should, or the server has another run id),
-and everything known is written and published again.
+Redis flushed, replaced or restarted from an old copy: noticed within CHECK_INTERVAL_S (the hash has fewer fields than
+this worker wrote, or the server has another run id), and everything known is written and published again.
 
-On start `prices` is read back, so that order and bands go on where the process before left off. One quotes
-worker writes a symbol at a time; two may run side by side when their feeds share no symbol.
+On start `prices` is read back, so that order and bands go on where the process before left off. One quotes worker
+writes `prices` at a time: a second one's fields would hide that the first one's are gone.
 """
 
 from __future__ import annotations
@@ -48,7 +47,9 @@ STOP_TIMEOUT_S = 3  # for the last publication and for closing: an absent server
 # `source` is the feed's name, from a short list; the source in a quote comes over a wire and has no
 # bound.
 QUOTES = Counter("navstream_quotes_total", "Quotes judged, by verdict and feed", ["verdict", "source"])
-FRAMES = Counter("navstream_quote_frames_total", "Frames published on the channel quotes", ["kind"])
+FRAMES = Counter(
+    "navstream_quote_frames_total", "Frames sent to the channel quotes, also those that got lost", ["kind"]
+)
 REWRITES = Counter("navstream_prices_rewritten_total", "Times that all known prices were written again")
 SYMBOLS = Gauge("navstream_quotes_symbols", "Symbols with an accepted quote")
 
@@ -144,8 +145,7 @@ async def _publish_until(stop: asyncio.Event, publisher: QuotesPublisher, interv
 
 
 class QuotesPublisher:
-    """What is not yet in Redis, and the way there. `known` answers the last accepted quote of every
-    symbol."""
+    """What is not yet in Redis, and the way there; `known` answers the last accepted quote of every symbol."""
 
     def __init__(self, redis: Redis, clock: Clock, known: Callable[[], Mapping[str, Quote]]) -> None:
         self._redis = redis
@@ -186,18 +186,14 @@ class QuotesPublisher:
         if not taken and not heartbeat:
             return
         try:
-            created_count = await self._send(list(taken.values()))
+            await self._send(list(taken.values()))
         except BaseException:
             self._unsent = taken | self._unsent  # what was offered meanwhile is newer
             raise
-        expected_count = len(taken.keys() - self._written)
         self._written |= taken.keys()
-        if created_count > expected_count:
-            self._rewrite("fields missing")
 
-    async def _send(self, quotes: list[Quote]) -> int:
-        """One pipeline; answers how many fields of `prices` were new."""
-        pipe = self._redis.pipeline(transaction=False)
+    async def _send(self, quotes: list[Quote]) -> None:
+        pipe, kind = self._redis.pipeline(transaction=False), FRAMES.labels("quotes" if quotes else "heartbeat")
         for start in range(0, max(1, len(quotes)), FRAME_QUOTES_COUNT_MAX):
             chunk = quotes[start : start + FRAME_QUOTES_COUNT_MAX]
             if chunk:
@@ -205,9 +201,8 @@ class QuotesPublisher:
             self._sequence += 1
             frame = QuoteFrame(self._publisher, self._sequence, self._clock.now_ns(), chunk)
             pipe.publish(QUOTES_CHANNEL, quote_frame_encoder.encode(frame))
-        answers = await pipe.execute()
-        FRAMES.labels("quotes" if quotes else "heartbeat").inc(len(answers[1::2]) if quotes else 1)
-        return sum(answers[::2]) if quotes else 0
+            kind.inc()
+        await pipe.execute()
 
     async def _check_server(self) -> None:
         """Notice a Redis that lost prices, or is not the one of a second ago. Raises AWAY."""
@@ -222,8 +217,8 @@ class QuotesPublisher:
             self._rewrite("fields missing")
 
     def _rewrite(self, reason: str) -> None:
-        known = self._known()
-        self._unsent = {**known, **self._unsent}
+        # What is known is what was accepted last, so it includes the unsent.
+        self._unsent = dict(self._known())
         self._written.clear()
         REWRITES.inc()
-        _log.warning("prices_rewritten", reason=reason, symbols_count=len(known))
+        _log.warning("prices_rewritten", reason=reason, symbols_count=len(self._unsent))

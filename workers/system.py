@@ -33,7 +33,7 @@ from engine.runtime.clock import SECOND_NS
 from engine.runtime.connections import connect_postgres
 from engine.runtime.embedded import EmbeddedError, start_embedded
 from engine.runtime.reaper import ChildProcesses
-from engine.runtime.settings import ReadyFile, Settings
+from engine.runtime.settings import ReadyFile, Settings, read_ready_file
 from engine.runtime.supervisor import Supervisor
 from engine.runtime.telemetry import start_telemetry
 from engine.stores.migrate import upgrade
@@ -86,7 +86,7 @@ def run_system(
             supervisor.run_until_signal()
         finally:
             if options.ready_file is not None:
-                options.ready_file.unlink(missing_ok=True)
+                _remove_ready_file(options.ready_file, ready)
 
 
 def _start_servers(
@@ -193,6 +193,13 @@ async def _shards_owned(settings: Settings) -> bool:
     finally:
         await pool.close()
     return bool(owned)
+
+
+def _remove_ready_file(path: Path, ready: ReadyFile) -> None:
+    """Remove the file unless it tells of another system by now."""
+    with suppress(OSError, msgspec.MsgspecError):
+        if read_ready_file(path).pids["system"] == ready.pids["system"]:
+            path.unlink()
 
 
 def _write_ready_file(path: Path, ready: ReadyFile) -> None:

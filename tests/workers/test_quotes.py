@@ -191,14 +191,18 @@ async def _has_count(client: Redis, count: int) -> bool:
 
 async def test_a_new_process_goes_on_where_the_last_one_left_off(redis_db: str, client: Redis) -> None:
     await client.hset(PRICES, "AAPL", quote_encoder.encode(Quote("AAPL", "100", time.time_ns(), "hand", 7)))
+    await client.hset(PRICES, "IDLE", quote_encoder.encode(Quote("IDLE", "7", time.time_ns(), "hand", 1)))
     await client.hset(PRICES, "JUNK", b"\xff not ours")
     before = {verdict: counted(verdict) for verdict in ("OUT_OF_ORDER", "QUARANTINED")}
     feed = HandFeed()
     async with working(feed, redis_db):
         await eventually(lambda: feed.resumed)
+        # What was only read, never written by this process, is brought back too.
+        await client.flushall()
+        await eventually(lambda: _has_price(client, "IDLE", "7"))
         feed.say(raw("AAPL", "99", 6), raw("AAPL", "200", 8), raw("AAPL", "101", 9))
         await eventually(lambda: _has_price(client, "AAPL", "101"))
-    assert {symbol: quote.price for symbol, quote in feed.resumed.items()} == {"AAPL": "100"}
+    assert {symbol: quote.price for symbol, quote in feed.resumed.items()} == {"AAPL": "100", "IDLE": "7"}
     assert {v: counted(v) - was for v, was in before.items()} == {"OUT_OF_ORDER": 1, "QUARANTINED": 1}
 
 
@@ -291,14 +295,14 @@ async def test_an_absent_redis_costs_one_log_line_and_no_latest_quote(redis_db: 
             feed.say(raw("AAPL", "100", 1))
             await eventually(lambda: _has_price(client, "AAPL", "100"))
             await gate.shut()
-            await client.flushall()
-            for n in range(10):
-                feed.say(raw("AAPL", str(100 + n), 2 + n), raw("MSFT", str(430 + n), 2 + n))
-                await asyncio.sleep(0.1)
-            assert await prices(client) == {}
+            feed.say(raw("AAPL", "101", 2), raw("MSFT", "430", 1))
+            await asyncio.sleep(0.3)
+            feed.say(raw("MSFT", "431", 2))
+            await asyncio.sleep(0.7)
+            assert await prices(client) == {"AAPL": "100"}
             await gate.open()
-            await eventually(lambda: _has_price(client, "MSFT", "439"))
-            assert await prices(client) == {"AAPL": "109", "MSFT": "439"}
+            await eventually(lambda: _has_price(client, "MSFT", "431"))
+            assert await prices(client) == {"AAPL": "101", "MSFT": "431"}
     assert outages(logs) == ["dependency_away", "dependency_back"]
 
 
