@@ -46,7 +46,7 @@ Worker = Callable[[Settings, Clock, asyncio.Event], Coroutine[Any, Any, object]]
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """End with one clear line."""
-    errors.print(message, style="bold red", highlight=False)
+    errors.print(message, style="bold red", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(code)
 
 

@@ -208,6 +208,8 @@ class Evaluator:
                     self.lose(owned.lease.shard, str(error))
         except AWAY as error:
             self._settle_at_s = time.monotonic() + self._settling.begin_or_continue(error)
+            for owned in self.owned.values():
+                owned.loaded = None
         else:
             self._settling.end()
 

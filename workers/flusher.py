@@ -57,6 +57,8 @@ class OwnedShard:
     published: bool = False
     positions_due: bool = False
     cuts_due: list[tuple[int, list[Baseline]]] = field(default_factory=list)
+    # What `take` read, for the `settle` right after it: nothing is booked in between.
+    loaded: Sequence[LoadedPortfolio] | None = None
 
 
 class Host(Protocol):
@@ -92,7 +94,7 @@ class Flusher:
             for portfolio in loaded.portfolios[start : start + PORTFOLIOS_PER_STEP_MAX]:
                 self._open(lease.shard, portfolio)
             await asyncio.sleep(0)
-        owned = OwnedShard(lease, loaded.next_offset)
+        owned = OwnedShard(lease, loaded.next_offset, loaded=loaded.portfolios)
         if not book.day_cut_at_ns:
             book.begin_day(cut_at_ns)
         if loaded.cut_at is None or to_ns(loaded.cut_at) != book.day_cut_at_ns:
@@ -115,9 +117,15 @@ class Flusher:
 
     async def write_all_positions(self, owned: OwnedShard) -> bool:
         """Write every position of a shard from the ledger, with the Book's day bases; False when fenced."""
-        loaded = await self._host.shards.load(owned.lease, to_datetime(self._host.book.day_cut_at_ns))
-        changes = [self._all_positions(portfolio) for portfolio in loaded.portfolios]
-        return await self._write(owned, changes)
+        portfolios, owned.loaded = owned.loaded, None
+        if portfolios is None:
+            cut_at = to_datetime(self._host.book.day_cut_at_ns)
+            portfolios = (await self._host.shards.load(owned.lease, cut_at)).portfolios
+        for start in range(0, len(portfolios), PORTFOLIOS_PER_STEP_MAX):
+            part = portfolios[start : start + PORTFOLIOS_PER_STEP_MAX]
+            if not await self._write(owned, [self._all_positions(portfolio) for portfolio in part]):
+                return False
+        return True
 
     async def write_positions(self, owned: OwnedShard, changes: Sequence[PositionsChange]) -> None:
         """Write what a batch changed; when Redis is away the whole shard is published again later."""

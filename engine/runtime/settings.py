@@ -83,9 +83,9 @@ class Settings(BaseSettings):
     page_size_max: int = 200
     rate_hz_max: int = 20
     # A feed without a frame or heartbeat (one comes every second) for this long is taken for dead and made anew.
-    feed_silence_max_ms: int = Field(5_000, ge=100)
+    feed_silence_max_ms: int = Field(default=5_000, ge=100)
     # How long a mutation waits for Kafka before it answers UNAVAILABLE.
-    acknowledge_timeout_s: int = Field(15, ge=1)
+    acknowledge_timeout_s: int = Field(default=15, ge=1)
 
     redis_timeout_s: int = Field(default=1, ge=1)
     postgres_timeout_s: int = Field(default=10, ge=1)
