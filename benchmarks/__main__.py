@@ -1,0 +1,22 @@
+"""`python -m benchmarks [NAME …]`: run benchmarks, all by default."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import book, hot_write, seed_system
+
+BENCHMARKS = {"book": book.run, "hot_write": hot_write.run, "seed_system": seed_system.run}
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or list(BENCHMARKS)
+    unknown = set(chosen) - set(BENCHMARKS)
+    if unknown:
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    for name in chosen:
+        BENCHMARKS[name]()
+
+
+if __name__ == "__main__":
+    main()

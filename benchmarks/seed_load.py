@@ -1,0 +1,130 @@
+"""The seed load: 20,000 portfolios × 15 positions in 500 assets, popularity Zipf 0.8; a fixed seed.
+
+`Load` holds it as arrays for the in-process figures; `fill_database` writes it as ledger, positions and accounts
+(booked by the engine itself) for those that run the whole system.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import asyncpg
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.book import Account, Book, Holding
+from engine.messages import CashEvent, FillEvent, OpenEvent
+from engine.pnl import DayBase
+from engine.portfolio import Portfolio
+from engine.stores.ledger_postgres import entry_row, position_row
+
+PORTFOLIOS_COUNT = 20_000
+POSITIONS_COUNT = 15
+ASSETS_COUNT = 500
+ZIPF_EXPONENT = 0.8
+SEED = 20_261_122
+OPENED_AT = datetime(2026, 11, 1, tzinfo=UTC)
+DEPOSIT = "10000000"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`held[p]` are the asset numbers of portfolio p, `quantities[p]` its whole quantities."""
+
+    held: NDArray[np.int64]
+    quantities: NDArray[np.int64]
+    prices: list[Decimal]
+
+    def symbol(self, asset: int) -> str:
+        return f"A{asset:03d}"
+
+    def portfolio_id(self, number: int) -> str:
+        return f"p-{number:06d}"
+
+
+def make_load(portfolios_count: int = PORTFOLIOS_COUNT) -> Load:
+    random = np.random.default_rng(SEED)
+    popularity = 1.0 / np.arange(1, ASSETS_COUNT + 1) ** ZIPF_EXPONENT
+    # Exponential races choose without replacement, in proportion to popularity, for all portfolios at once.
+    races = random.exponential(size=(portfolios_count, ASSETS_COUNT)) / popularity
+    held = np.argpartition(races, POSITIONS_COUNT, axis=1)[:, :POSITIONS_COUNT]
+    quantities = random.integers(1, 500, size=held.shape)
+    cents = random.integers(500, 50_000, size=ASSETS_COUNT)
+    return Load(held, quantities, [Decimal(int(cent)) / 100 for cent in cents])
+
+
+def make_book(load: Load) -> Book:
+    book = Book()
+    for asset, price in enumerate(load.prices):
+        book.tick(load.symbol(asset), price, 1)
+    for number in range(len(load.held)):
+        holdings = [
+            Holding(load.symbol(asset), Decimal(int(quantity)), 0, 0)
+            for asset, quantity in zip(load.held[number].tolist(), load.quantities[number].tolist(), strict=True)
+        ]
+        book.open(load.portfolio_id(number), number % 4, Account(0, 0, 0, 1, DayBase(0, 1.0, 0)), holdings)
+    return book
+
+
+def _booked(load: Load, number: int) -> tuple[Portfolio, list[dict[str, object]]]:
+    name, common = load.portfolio_id(number), {"currency": "USD"}
+    portfolio = Portfolio(name, "USD")
+    events: list[OpenEvent | CashEvent | FillEvent] = [
+        OpenEvent(
+            event_id=f"{name}-open",
+            portfolio_id=name,
+            owner=f"owner-{number % 5_000}",
+            name=name,
+            base_currency="USD",
+            opened_at=OPENED_AT,
+        ),
+        CashEvent(
+            event_id=f"{name}-cash",
+            portfolio_id=name,
+            kind="DEPOSIT",
+            amount=DEPOSIT,
+            effective_at=OPENED_AT,
+            **common,
+        ),
+    ]
+    for at, (asset, quantity) in enumerate(
+        zip(load.held[number].tolist(), load.quantities[number].tolist(), strict=True)
+    ):
+        events.append(
+            FillEvent(
+                event_id=f"{name}-{at}",
+                portfolio_id=name,
+                symbol=load.symbol(asset),
+                side="BUY",
+                quantity=str(quantity),
+                price=str(load.prices[asset]),
+                executed_at=OPENED_AT,
+                **common,
+            )
+        )
+    return portfolio, [entry_row(portfolio.book(event, OPENED_AT, portfolio.cash)) for event in events]
+
+
+async def fill_database(postgres_url: str, load: Load, shard_of: dict[str, int]) -> None:
+    """COPY the load into a migrated database whose shards exist."""
+    accounts, positions, entries = [], [], []
+    for number in range(len(load.held)):
+        portfolio, rows = _booked(load, number)
+        name = portfolio.portfolio_id
+        money = [Decimal(value).scaleb(-6) for value in (portfolio.cash, 0, 0, 0, portfolio.flows)]
+        accounts.append(
+            (name, shard_of[name], f"owner-{number % 5_000}", name, "USD", "00:00 UTC", OPENED_AT, *money, len(rows))
+        )
+        positions += [(name, symbol, *position_row(held).values()) for symbol, held in portfolio.positions.items()]
+        entries += [tuple(row.values()) for row in rows]
+        columns = list(rows[0])
+    connection = await asyncpg.connect(postgres_url)
+    assets = [(load.symbol(n), load.symbol(n), "EQUITY", f"Sector {n % 11}", "") for n in range(ASSETS_COUNT)]
+    await connection.copy_records_to_table("asset", records=assets)
+    await connection.copy_records_to_table("portfolio", records=accounts)
+    await connection.copy_records_to_table("position", records=positions)
+    await connection.copy_records_to_table("ledger_entry", records=entries, columns=columns)
+    await connection.execute("ANALYZE")
+    await connection.close()
