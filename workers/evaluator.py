@@ -288,10 +288,14 @@ class Evaluator:
         if self.owned.get(shard.lease.shard) is not shard:
             return
         self.sectors.learn(booked.unclassified)
-        changes = post(self.book, shard.lease.shard, booked, self.sectors.sector_of)
-        for portfolio_id in booked.opened:
-            self.flusher.place(portfolio_id)
-        await self.flusher.write_positions(shard, changes)
+        shard.posting = True
+        try:
+            changes = post(self.book, shard.lease.shard, booked, self.sectors.sector_of)
+            for portfolio_id in booked.opened:
+                self.flusher.place(portfolio_id)
+            await self.flusher.write_positions(shard, changes)
+        finally:
+            shard.posting = False
 
     async def _bury(self, lease: Lease, letters: Sequence[DeadLetter]) -> None:
         for letter in letters:

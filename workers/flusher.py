@@ -56,6 +56,8 @@ class OwnedShard:
     flushed_at_s: float = 0.0
     published: bool = False
     positions_due: bool = False
+    # True while a batch is on its way from the ledger to hot positions: a mark is never ahead of its positions.
+    posting: bool = False
     cuts_due: list[tuple[int, list[Baseline]]] = field(default_factory=list)
     # What `take` read, for the `settle` right after it: nothing is booked in between.
     loaded: Sequence[LoadedPortfolio] | None = None
@@ -107,6 +109,7 @@ class Flusher:
         if not await self.write_all_positions(owned):
             return
         slots = self._host.book.slots_of(number)
+        owned.sequence += 1  # these marks are newer than any flushed before them
         await self._host.hot.write_marks(number, epoch, slots, self._marks(slots, owned.sequence))
         now_ns = self._clock.now_ns()
         if not await self._host.hot.advance(number, epoch, self._host.shards.owner, now_ns):
@@ -213,7 +216,7 @@ class Flusher:
         self._flag_stale()
         changed = self._host.book.changed()
         shard_of = self._host.book.shard[changed]
-        ready = [owned for owned in self._host.owned.values() if owned.published]
+        ready = [owned for owned in self._host.owned.values() if owned.published and not owned.posting]
         await asyncio.gather(
             *(self._flush_shard(owned, changed[shard_of == owned.lease.shard], oldest_event_ns) for owned in ready)
         )

@@ -1,0 +1,229 @@
+"""The hub: who in this process watches what, and the one slot that each watch has.
+
+A slot holds the newest value; a newer one replaces it and the slot counts how many it stands for. There is no
+queue anywhere between a frame and a client, so a slow reader costs one value and never delays another. Marks are
+taken in the order of (epoch, sequence) and never backwards, so that a frame and a read of Redis may arrive in any
+order.
+
+A watch is registered before its first value is read: it is put on the list of what to read (`unread`) when its
+channel is live already, or else when the channel becomes live, so that nothing falls between reading and
+listening. `api/live_feed.py` does the listening and the reading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+
+from engine.marks import MARK, Mark, decode_mark
+from engine.messages import Quote
+from engine.stores.hot_state_reads import Place
+
+_MARK_BYTES = MARK.itemsize
+
+
+class MarkSlot:
+    __slots__ = ("_count", "_mark", "_order", "_signal")
+
+    def __init__(self, signal: asyncio.Event) -> None:
+        self._signal = signal
+        self._mark: Mark | None = None
+        self._count = 0
+        self._order = (-1, -1)
+
+    def put(self, mark: Mark) -> None:
+        order = (mark.epoch, mark.sequence)
+        if order > self._order:
+            self._order, self._mark = order, mark
+            self._count += 1
+            self._signal.set()
+
+    def take(self) -> tuple[Mark, int] | None:
+        if self._mark is None:
+            return None
+        taken = (self._mark, self._count)
+        self._mark, self._count = None, 0
+        return taken
+
+
+class QuoteSlot:
+    """Holds at most one quote per watched symbol. `fill` brings the first ones, and those read after a gap."""
+
+    __slots__ = ("_count", "_due", "_hub", "_quotes", "_shown", "_signal", "filled", "symbols")
+
+    def __init__(self, hub: Hub, signal: asyncio.Event) -> None:
+        self._hub = hub
+        self._signal = signal
+        self._quotes: dict[str, Quote] = {}
+        self._shown: dict[str, Quote] = {}
+        self._count = 0
+        self._due = False
+        self.filled = False
+        self.symbols: frozenset[str] = frozenset()
+
+    def put(self, quote: Quote) -> None:
+        self._quotes[quote.symbol] = quote
+        self._count += 1
+        if self.filled:
+            self._signal.set()
+
+    def fill(self, quotes: dict[str, Quote]) -> None:
+        """Take quotes that were read: those not overtaken by a frame meanwhile. The first fill is always shown."""
+        for symbol in self.symbols & quotes.keys():
+            quote, known = quotes[symbol], self._quotes.get(symbol, self._shown.get(symbol))
+            if known is None or (quote != known and quote.ts_event_ns >= known.ts_event_ns):
+                self._quotes[symbol] = quote
+                self._count += 1
+        self._due = self._due or not self.filled
+        self.filled = True
+        if self._due or self._quotes:
+            self._signal.set()
+
+    def take(self) -> tuple[dict[str, Quote], int] | None:
+        if not self.filled or not (self._due or self._quotes):
+            return None
+        taken = (self._quotes, self._count)
+        self._shown.update(self._quotes)
+        self._quotes, self._count, self._due = {}, 0, False
+        return taken
+
+    def change(self, symbols: Collection[str]) -> None:
+        self._hub.rewatch(self, frozenset(symbols))
+
+
+class Hub:
+    """Watches by place and by symbol, and what of it is to be read. `unread_signal` is set when there is some."""
+
+    def __init__(self) -> None:
+        self._marks: dict[int, dict[bytes, list[MarkSlot]]] = {}
+        self._quotes: dict[str, list[QuoteSlot]] = {}
+        self._live_shards: set[int] = set()
+        self._quotes_live = False
+        self._unread_places: set[Place] = set()
+        self._unread_symbols: set[str] = set()
+        self.unread_signal = asyncio.Event()
+        self.watch_signal = asyncio.Event()
+        self.watches_count = 0
+
+    @contextmanager
+    def watch_portfolio(self, shard: int, portfolio_id: str, signal: asyncio.Event) -> Iterator[MarkSlot]:
+        slot, key = MarkSlot(signal), portfolio_id.encode()
+        self._marks.setdefault(shard, {}).setdefault(key, []).append(slot)
+        self._count(1)
+        if shard in self._live_shards:
+            self._unread({(shard, portfolio_id)}, ())
+        try:
+            yield slot
+        finally:
+            _remove(self._marks[shard], key, slot)
+            if not self._marks[shard]:
+                del self._marks[shard]
+            self._count(-1)
+
+    @contextmanager
+    def watch_quotes(self, symbols: Collection[str], signal: asyncio.Event) -> Iterator[QuoteSlot]:
+        slot = QuoteSlot(self, signal)
+        self.rewatch(slot, frozenset(symbols))
+        self._count(1)
+        try:
+            yield slot
+        finally:
+            self.rewatch(slot, frozenset())
+            self._count(-1)
+
+    def rewatch(self, slot: QuoteSlot, symbols: frozenset[str]) -> None:
+        """Let `slot` watch these symbols and no others."""
+        added, dropped = symbols - slot.symbols, slot.symbols - symbols
+        slot.symbols = symbols
+        for symbol in dropped:
+            _remove(self._quotes, symbol, slot)
+        for symbol in added:
+            self._quotes.setdefault(symbol, []).append(slot)
+        if self._quotes_live:
+            self._unread((), added)
+        self.watch_signal.set()
+
+    def shards(self) -> set[int]:
+        """The shards that somebody watches."""
+        return set(self._marks)
+
+    def watches_quotes(self) -> bool:
+        return bool(self._quotes)
+
+    def shard_live(self, shard: int, live: bool) -> None:
+        """The shard's channel is (no longer) listened to. Becoming live, all that is watched on it is to be read."""
+        (self._live_shards.add if live else self._live_shards.discard)(shard)
+        if live:
+            self.reread_shard(shard)
+
+    def quotes_live(self, live: bool) -> None:
+        self._quotes_live = live
+        if live:
+            self.reread_quotes()
+
+    def reread_shard(self, shard: int) -> None:
+        self._unread(((shard, key.decode()) for key in self._marks.get(shard, ())), ())
+
+    def reread_quotes(self) -> None:
+        self._unread((), self._quotes)
+
+    def take_unread(self) -> tuple[set[Place], set[str]]:
+        unread = (self._unread_places, self._unread_symbols)
+        self._unread_places, self._unread_symbols = set(), set()
+        self.unread_signal.clear()
+        return unread
+
+    def put_back(self, places: Iterable[Place], symbols: Iterable[str]) -> None:
+        """What could not be read is still to be read, as far as it is still watched."""
+        self._unread(
+            (place for place in places if self._watched(place[0], place[1].encode())),
+            (symbol for symbol in symbols if symbol in self._quotes),
+        )
+
+    def deliver_rows(self, shard: int, epoch: int, ids: list[bytes], packed: memoryview) -> None:
+        """Give the watched ones of a frame's rows to their slots."""
+        watched = self._marks.get(shard)
+        if not watched:
+            return
+        for row, key in enumerate(ids):
+            slots = watched.get(key)
+            if slots:
+                mark = decode_mark(packed[row * _MARK_BYTES : (row + 1) * _MARK_BYTES], epoch)
+                for slot in slots:
+                    slot.put(mark)
+
+    def deliver_mark(self, place: Place, mark: Mark) -> None:
+        for slot in self._marks.get(place[0], {}).get(place[1].encode(), ()):
+            slot.put(mark)
+
+    def deliver_quotes(self, quotes: Iterable[Quote]) -> None:
+        for quote in quotes:
+            for slot in self._quotes.get(quote.symbol, ()):
+                slot.put(quote)
+
+    def fill_quotes(self, symbols: Iterable[str], quotes: dict[str, Quote]) -> None:
+        """Give quotes that were read to the slots that watch any of `symbols`, once to each."""
+        slots = {id(slot): slot for symbol in symbols for slot in self._quotes.get(symbol, ())}
+        for slot in slots.values():
+            slot.fill(quotes)
+
+    def _watched(self, shard: int, key: bytes) -> bool:
+        return key in self._marks.get(shard, ())
+
+    def _unread(self, places: Iterable[Place], symbols: Iterable[str]) -> None:
+        self._unread_places.update(places)
+        self._unread_symbols.update(symbols)
+        if self._unread_places or self._unread_symbols:
+            self.unread_signal.set()
+
+    def _count(self, change: int) -> None:
+        self.watches_count += change
+        self.watch_signal.set()
+
+
+def _remove(watched: dict, key: object, slot: object) -> None:  # type: ignore[type-arg]
+    slots = watched[key]
+    slots.remove(slot)
+    if not slots:
+        del watched[key]

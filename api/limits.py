@@ -1,0 +1,173 @@
+"""What one document may ask for: depth, aliases, and the number of objects of its answer.
+
+    depth      fields nested in each other, fragments included; introspection is bounded by a rule of graphql-core
+    aliases    aliased fields over all operations, each fragment counted as often as it is spread
+    objects    Σ over lists of the product of their `first` with those of the lists around them; a curve counts a
+               tenth of its `maxPoints`, because a point has a tenth of an object's fields
+
+Strawberry's own limiters walk every fragment again at each of its spreads, which a document of 1,000 tokens turns
+into 2^90 steps, and their errors carry no code. Here each fragment is measured once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from graphql import (
+    ASTValidationRule,
+    DocumentNode,
+    FieldNode,
+    FragmentDefinitionNode,
+    FragmentSpreadNode,
+    GraphQLError,
+    IntValueNode,
+    MaxIntrospectionDepthRule,
+    OperationDefinitionNode,
+    SelectionNode,
+    SelectionSetNode,
+    ValidationContext,
+    ValidationRule,
+    VariableNode,
+)
+
+from engine.runtime.settings import Settings
+from resolvers.equity_curve import POINTS_DEFAULT
+from resolvers.portfolio import PORTFOLIOS_DEFAULT
+
+POINTS_PER_OBJECT = 10
+# List fields whose length is not said by the client are short, or said by a default.
+_DEFAULT_LENGTHS = {"portfolios": PORTFOLIOS_DEFAULT}
+
+
+def make_rules(settings: Settings) -> tuple[type[ASTValidationRule], ...]:
+    """Validation rules that refuse a document that is too deep or has too many aliases."""
+
+    class DocumentLimits(ValidationRule):
+        def __init__(self, context: ValidationContext) -> None:
+            super().__init__(context)
+            depth, aliases = depth_of(context.document), aliases_of(context.document)
+            if depth > settings.query_depth_max:
+                self.report_error(_refusal("QUERY_TOO_DEEP", "depth", depth, settings.query_depth_max))
+            if aliases > settings.query_aliases_max:
+                self.report_error(_refusal("TOO_MANY_ALIASES", "aliases", aliases, settings.query_aliases_max))
+
+    return (DocumentLimits, MaxIntrospectionDepthRule)
+
+
+def check_objects(
+    document: DocumentNode, operation: OperationDefinitionNode, variables: Mapping[str, Any], objects_max: int
+) -> GraphQLError | None:
+    """The error of an operation that asks for too many objects."""
+    asked = objects_of(document, operation, variables)
+    return _refusal("QUERY_TOO_COSTLY", "objects", asked, objects_max) if asked > objects_max else None
+
+
+def depth_of(document: DocumentNode) -> int:
+    """How many fields lie in each other at the deepest place of any operation."""
+
+    def measure(selection: SelectionNode, inside: Callable[[SelectionSetNode | None], int]) -> int:
+        if not isinstance(selection, FieldNode):
+            return inside(getattr(selection, "selection_set", None))
+        return 0 if selection.name.value.startswith("__") else 1 + inside(selection.selection_set)
+
+    return max((size for _, size in _measure(document, measure, max)), default=0)
+
+
+def aliases_of(document: DocumentNode) -> int:
+    def measure(selection: SelectionNode, inside: Callable[[SelectionSetNode | None], int]) -> int:
+        aliased = isinstance(selection, FieldNode) and selection.alias is not None
+        return int(aliased) + inside(getattr(selection, "selection_set", None))
+
+    return sum(size for _, size in _measure(document, measure, _add))
+
+
+def objects_of(document: DocumentNode, operation: OperationDefinitionNode, variables: Mapping[str, Any]) -> int:
+    """An upper bound of the rows that the operation's answer has."""
+
+    def measure(selection: SelectionNode, inside: Callable[[SelectionSetNode | None], int]) -> int:
+        if not isinstance(selection, FieldNode):
+            return inside(getattr(selection, "selection_set", None))
+        length = _length(selection, variables)
+        return length * max(1, inside(selection.selection_set)) if length else inside(selection.selection_set)
+
+    return sum(size for measured, size in _measure(document, measure, _add) if measured is operation)
+
+
+def root_fields(document: DocumentNode, operation: OperationDefinitionNode) -> set[str]:
+    """The names of the operation's outermost fields, through fragments."""
+    fragments = _fragments(document)
+    names: set[str] = set()
+    pending, seen = [operation.selection_set], set[str]()
+    while pending:
+        for selection in pending.pop().selections:
+            if isinstance(selection, FieldNode):
+                names.add(selection.name.value)
+            elif not isinstance(selection, FragmentSpreadNode):
+                pending.append(selection.selection_set)  # type: ignore[attr-defined]
+            elif (name := selection.name.value) not in seen and name in fragments:
+                seen.add(name)
+                pending.append(fragments[name].selection_set)
+    return names
+
+
+def _measure(
+    document: DocumentNode,
+    measure: Callable[[SelectionNode, Callable[[SelectionSetNode | None], int]], int],
+    join: Callable[[int, int], int],
+) -> list[tuple[OperationDefinitionNode, int]]:
+    """The size of each operation, with every fragment measured once; one that spreads itself counts nothing."""
+    fragments = _fragments(document)
+    sizes: dict[str, int] = {}
+
+    def inside(selection_set: SelectionSetNode | None) -> int:
+        total = 0
+        for selection in selection_set.selections if selection_set is not None else ():
+            if isinstance(selection, FragmentSpreadNode):
+                total = join(total, of_fragment(selection.name.value))
+            else:
+                total = join(total, measure(selection, inside))
+        return total
+
+    def of_fragment(name: str) -> int:
+        if name not in sizes:
+            sizes[name] = 0
+            sizes[name] = inside(fragments[name].selection_set) if name in fragments else 0
+        return sizes[name]
+
+    operations = [node for node in document.definitions if isinstance(node, OperationDefinitionNode)]
+    return [(operation, inside(operation.selection_set)) for operation in operations]
+
+
+def _length(field: FieldNode, variables: Mapping[str, Any]) -> int:
+    """How many rows a field asks for; 0 when it is not a list of the client's length."""
+    asked = {argument.name.value: argument.value for argument in field.arguments or ()}
+    name = field.name.value
+    if name == "equityCurve":
+        return _number(asked.get("maxPoints"), variables, POINTS_DEFAULT) // POINTS_PER_OBJECT
+    if "first" in asked or name in _DEFAULT_LENGTHS:
+        return _number(asked.get("first"), variables, _DEFAULT_LENGTHS.get(name, 0))
+    return 0
+
+
+def _number(node: Any, variables: Mapping[str, Any], default: int) -> int:
+    value = default
+    if isinstance(node, IntValueNode):
+        value = int(node.value) if len(node.value) < 12 else default
+    elif isinstance(node, VariableNode):
+        value = variables.get(node.name.value, default)
+    return max(0, value) if isinstance(value, int) else default
+
+
+def _fragments(document: DocumentNode) -> dict[str, FragmentDefinitionNode]:
+    return {node.name.value: node for node in document.definitions if isinstance(node, FragmentDefinitionNode)}
+
+
+def _add(left: int, right: int) -> int:
+    return left + right
+
+
+def _refusal(code: str, what: str, asked: int, allowed: int) -> GraphQLError:
+    # Nested fragments multiply to numbers that nobody wants to read.
+    shown = asked if asked < 10**6 else "over a million"
+    return GraphQLError(f"{shown} {what} asked for, {allowed} allowed", extensions={"code": code})

@@ -1,0 +1,264 @@
+"""The live feed: one Redis Pub/Sub connection per process, from which the hub gets marks and quotes.
+
+It listens to `marks:{n}` for the shards that somebody watches, and to `quotes` while somebody watches quotes. A
+frame may be lost at any time, and nothing may depend on every one arriving: whatever hints at a loss makes the feed
+read the watched values from Redis again.
+
+    a frame's previous_sequence is above the last one seen       frames between were lost
+    a frame of a newer epoch                                     the shard has a new owner: its streams are reset
+    a frame of an older epoch                                    a zombie's; dropped and counted
+    a quote frame of a new publisher, or with a sequence skipped quotes were lost
+    a channel's subscription is confirmed (again)                the connection was lost and made anew
+    no frame, not even a heartbeat, for `feed_silence_max_ms`    the connection may be dead: made anew
+
+Two tasks: one listens, one reads; each outlives Redis being away. Subscriptions are only ever changed by the task
+that reads their connection, because a redis-py PubSub is not to be shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from api.hub import Hub
+from api.metrics import Metrics
+from engine.marks import decode_frame
+from engine.messages import quote_frame_decoder
+from engine.runtime.connections import Backoff
+from engine.stores import redis_keys
+from engine.stores.hot_state_reads import HotStateReads
+from resolvers.errors import AWAY
+
+# Also how late a first watch of a shard is subscribed to: the listener looks for new watches between messages.
+LISTEN_INTERVAL_MS = 25
+CLOSE_TIMEOUT_S = 1  # closing a connection to a frozen server must not hang
+PUBLISHERS_COUNT_MAX = 16
+_AWAY: tuple[type[BaseException], ...] = (*AWAY, RedisError)
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _ShardFrames:
+    """The last frame seen of a shard; `epoch` is -1 before the first."""
+
+    seen_at_s: float
+    epoch: int = -1
+    sequence: int = -1
+
+
+class LiveFeed:
+    def __init__(
+        self,
+        connect: Callable[[], Redis],
+        hot_state: HotStateReads,
+        hub: Hub,
+        metrics: Metrics,
+        silence_max_ms: int,
+    ) -> None:
+        self._connect = connect
+        self._hot_state = hot_state
+        self._hub = hub
+        self._metrics = metrics
+        self._silence_max_s = silence_max_ms / 1_000
+        self._shards: dict[int, _ShardFrames] = {}
+        self._publishers: OrderedDict[str, int] = OrderedDict()
+        self._quotes_seen_at_s = 0.0
+        self._subscribed: set[str] = set()
+
+    async def run(self) -> None:
+        """Feed the hub until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._read())
+
+    async def _listen(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                await self._listen_once(backoff)
+            except _AWAY as error:
+                _log.warning("feed_lost", reason=type(error).__name__, detail=str(error)[:200])
+                await asyncio.sleep(backoff.next_s())
+
+    async def _listen_once(self, backoff: Backoff) -> None:
+        """Listen on one connection until it fails or falls silent."""
+        redis = self._connect()
+        pubsub = redis.pubsub()
+        try:
+            while True:
+                await self._adjust(pubsub)
+                if not self._subscribed:
+                    self._hub.watch_signal.clear()
+                    if not self._wanted():
+                        await self._hub.watch_signal.wait()
+                    continue
+                message = await pubsub.get_message(timeout=LISTEN_INTERVAL_MS / 1_000)
+                if message is not None:
+                    backoff.reset()
+                    self._take(message)
+                if self._silent():
+                    self._metrics.gaps.labels("silence").inc()
+                    return
+        finally:
+            self._forget()
+            with suppress(*_AWAY):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await pubsub.aclose()  # type: ignore[no-untyped-call]
+            with suppress(*_AWAY):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await redis.aclose()
+
+    def _wanted(self) -> set[str]:
+        wanted = {redis_keys.marks_channel(shard) for shard in self._hub.shards()}
+        return wanted | {redis_keys.QUOTES_CHANNEL} if self._hub.watches_quotes() else wanted
+
+    async def _adjust(self, pubsub: Any) -> None:
+        """Subscribe to what is watched and to nothing else."""
+        wanted = self._wanted()
+        added, dropped = wanted - self._subscribed, self._subscribed - wanted
+        if added:
+            await pubsub.subscribe(*added)
+            self._subscribed |= added
+            self._begin(added)
+        if dropped:
+            await pubsub.unsubscribe(*dropped)
+            self._subscribed -= dropped
+            for channel in dropped:
+                self._not_live(channel)
+
+    def _begin(self, channels: set[str]) -> None:
+        """The watch for silence begins with the subscription, confirmed or not."""
+        now_s = asyncio.get_running_loop().time()
+        for shard in self._hub.shards():
+            if redis_keys.marks_channel(shard) in channels:
+                self._shards[shard] = _ShardFrames(now_s)
+        if redis_keys.QUOTES_CHANNEL in channels:
+            self._quotes_seen_at_s = now_s
+
+    def _forget(self) -> None:
+        for channel in self._subscribed:
+            self._not_live(channel)
+        self._subscribed = set()
+        self._publishers.clear()
+
+    def _not_live(self, channel: str) -> None:
+        if channel == redis_keys.QUOTES_CHANNEL:
+            self._hub.quotes_live(False)
+            return
+        for shard in [shard for shard in self._shards if redis_keys.marks_channel(shard) == channel]:
+            del self._shards[shard]
+            self._hub.shard_live(shard, False)
+
+    def _silent(self) -> bool:
+        """Whether every channel listened to has been silent for too long; those that are get read again."""
+        now_s = asyncio.get_running_loop().time()
+        latest_s = now_s - self._silence_max_s
+        seen = [frames.seen_at_s for frames in self._shards.values()]
+        seen += [self._quotes_seen_at_s] if redis_keys.QUOTES_CHANNEL in self._subscribed else []
+        if seen and max(seen) < latest_s:
+            return True
+        for shard, frames in self._shards.items():
+            if frames.seen_at_s < latest_s:
+                frames.seen_at_s = now_s
+                self._gap("silence", shard)
+        if redis_keys.QUOTES_CHANNEL in self._subscribed and self._quotes_seen_at_s < latest_s:
+            self._quotes_seen_at_s = now_s
+            self._gap("silence", None)
+        return False
+
+    def _take(self, message: dict[str, Any]) -> None:
+        channel, kind = message["channel"].decode(), message["type"]
+        if kind == "subscribe":
+            self._confirmed(channel)
+        elif kind == "message" and channel == redis_keys.QUOTES_CHANNEL:
+            self._take_quotes(message["data"])
+        elif kind == "message":
+            self._take_marks(message["data"])
+
+    def _confirmed(self, channel: str) -> None:
+        """From here on nothing is missed; what came before is read."""
+        if channel not in self._subscribed:
+            return
+        if channel == redis_keys.QUOTES_CHANNEL:
+            self._publishers.clear()
+            self._hub.quotes_live(True)
+            return
+        for shard, frames in self._shards.items():
+            if redis_keys.marks_channel(shard) == channel:
+                frames.epoch = frames.sequence = -1
+                self._hub.shard_live(shard, True)
+
+    def _take_marks(self, data: bytes) -> None:
+        self._metrics.frames.labels("marks").inc()
+        try:
+            header, groups = decode_frame(data)
+            seen = self._shards.get(header.shard)
+            if seen is None:
+                return
+            if header.epoch < seen.epoch:
+                self._metrics.frames_dropped.labels("marks").inc()
+                return
+            seen.seen_at_s = asyncio.get_running_loop().time()
+            if header.epoch == seen.epoch and header.sequence <= seen.sequence:
+                return
+            if header.epoch > seen.epoch >= 0:
+                self._gap("epoch", header.shard)
+            elif seen.epoch >= 0 and header.previous_sequence > seen.sequence:
+                self._gap("sequence", header.shard)
+            seen.epoch, seen.sequence = header.epoch, header.sequence
+            for ids, packed in groups:
+                self._hub.deliver_rows(header.shard, header.epoch, ids, packed)
+        except (ValueError, struct.error):
+            self._metrics.frames_dropped.labels("marks").inc()
+
+    def _take_quotes(self, data: bytes) -> None:
+        self._metrics.frames.labels("quotes").inc()
+        try:
+            frame = quote_frame_decoder.decode(data)
+        except msgspec.MsgspecError:
+            self._metrics.frames_dropped.labels("quotes").inc()
+            return
+        self._quotes_seen_at_s = asyncio.get_running_loop().time()
+        last = self._publishers.get(frame.publisher)
+        if (last is None and self._publishers) or (last is not None and frame.sequence > last + 1):
+            self._gap("publisher" if last is None else "sequence", None)
+        self._publishers[frame.publisher] = frame.sequence
+        if len(self._publishers) > PUBLISHERS_COUNT_MAX:
+            self._publishers.popitem(last=False)
+        self._hub.deliver_quotes(frame.quotes)
+
+    def _gap(self, cause: str, shard: int | None) -> None:
+        self._metrics.gaps.labels(cause).inc()
+        if shard is None:
+            self._hub.reread_quotes()
+        else:
+            self._hub.reread_shard(shard)
+
+    async def _read(self) -> None:
+        backoff = Backoff()
+        while True:
+            await self._hub.unread_signal.wait()
+            places, symbols = self._hub.take_unread()
+            try:
+                found = await self._hot_state.read(marks=places, quotes=symbols)
+            except _AWAY:
+                self._hub.put_back(places, symbols)
+                await asyncio.sleep(backoff.next_s())
+                continue
+            backoff.reset()
+            self._metrics.rereads.inc(len(places) + len(symbols))
+            for place, mark in found.marks.items():
+                if mark is not None:
+                    self._hub.deliver_mark(place, mark)
+            self._hub.fill_quotes(symbols, found.quotes)

@@ -1,0 +1,117 @@
+"""What a resolver gets: who asks, the process's services, and loaders that live as long as one operation.
+
+The protocols below are what resolvers need of the API; `api` implements them, so that resolvers never import it.
+A socket carries many operations: a `Context` is made anew for each, because what a loader has read stays read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import strawberry
+
+from engine.marks import Mark
+from engine.messages import Quote
+from engine.runtime.clock import Clock
+from engine.runtime.settings import Settings
+from engine.stores.events_kafka import EventProducer
+from engine.stores.hot_state_reads import HotStateReads
+from engine.stores.ledger_reads import LedgerReads, PortfolioIdentity
+from engine.stores.snapshots_reads import SnapshotsReads
+from resolvers.errors import ErrorCode, PublicError, not_found
+from resolvers.loaders import AssetCatalogue, HotLoader, PortfolioDirectory
+
+SCOPE_PORTFOLIO_READ = "portfolio:read"
+SCOPE_LEDGER_READ = "ledger:read"
+SCOPE_LEDGER_WRITE = "ledger:write"
+
+
+class Access(Protocol):
+    """The caller's identity and rights. api/auth.py decides; resolvers ask."""
+
+    @property
+    def subject(self) -> str: ...
+
+    @property
+    def scopes(self) -> frozenset[str]: ...
+
+    @property
+    def sees_all(self) -> bool:
+        """True for an administrator, who sees everybody's portfolios."""
+
+    def holds(self, scope: str) -> bool: ...
+
+    def may_see(self, owner: str) -> bool: ...
+
+
+class MarkWatch(Protocol):
+    def take(self) -> tuple[Mark, int] | None:
+        """The newest mark since the last take and how many it stands for; None when there was none."""
+
+
+class QuoteWatch(Protocol):
+    def take(self) -> tuple[dict[str, Quote], int] | None:
+        """The newest quote of each symbol quoted since the last take and how many quotes there were; None when
+        there was nothing. The first is the snapshot: complete, and empty where nothing was ever quoted."""
+
+    def change(self, symbols: Collection[str]) -> None:
+        """Watch these symbols from now on instead."""
+
+
+class Hub(Protocol):
+    """Fans hot state out inside this process. A watch sets `signal` when there is something to take."""
+
+    def watch_portfolio(
+        self, shard: int, portfolio_id: str, signal: asyncio.Event
+    ) -> AbstractContextManager[MarkWatch]: ...
+
+    def watch_quotes(self, symbols: Collection[str], signal: asyncio.Event) -> AbstractContextManager[QuoteWatch]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a process has one of."""
+
+    settings: Settings
+    clock: Clock
+    hot_state: HotStateReads
+    ledger: LedgerReads
+    snapshots: SnapshotsReads
+    assets: AssetCatalogue
+    portfolios: PortfolioDirectory
+    events: EventProducer
+    hub: Hub
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One operation's context. `access` is None for a caller without a token, who gets introspection only."""
+
+    services: Services
+    hot: HotLoader
+    access: Access | None
+    request_id: str
+    streaming: bool  # whether answers may follow each other, which takes a WebSocket
+
+    def require(self, scope: str) -> Access:
+        """The caller, when it holds `scope`. Raises PublicError UNAUTHENTICATED, FORBIDDEN."""
+        if self.access is None:
+            raise PublicError(ErrorCode.UNAUTHENTICATED, "a token is needed")
+        if not self.access.holds(scope):
+            raise PublicError(ErrorCode.FORBIDDEN, f"the token lacks the scope {scope}")
+        return self.access
+
+    async def portfolio(self, portfolio_id: str, scope: str = SCOPE_PORTFOLIO_READ) -> PortfolioIdentity:
+        """A portfolio that the caller may see. Raises PublicError NOT_FOUND, UNAUTHENTICATED, FORBIDDEN."""
+        access = self.require(scope)
+        identity = await self.services.portfolios.find(portfolio_id)
+        if identity is None or not access.may_see(identity.owner):
+            raise not_found("portfolio")
+        return identity
+
+
+Info = strawberry.Info[Context, None]

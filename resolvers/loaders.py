@@ -1,0 +1,192 @@
+"""Reads shared by the resolvers.
+
+`HotLoader` lives as long as one operation: what its resolvers ask of hot state in the same turn of the loop
+becomes one pipeline, and one portfolio's mark, positions and quotes are read once, so that the figures of one
+answer belong together. `AssetCatalogue` and `PortfolioDirectory` live as long as the process and remember what
+rarely changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from strawberry.dataloader import DataLoader
+
+from engine.assets import Asset, AssetClass, load_catalogue, unclassified
+from engine.marks import Mark
+from engine.positions import HotPosition, PositionValuation, value_position
+from engine.runtime.clock import SECOND_NS, Clock
+from engine.sectors import SectorValue
+from engine.stores.assets_postgres import get_assets, list_assets
+from engine.stores.hot_state_reads import HotStateReads, Place
+from engine.stores.ledger_reads import LedgerReads, PoolSource, PortfolioIdentity
+
+CATALOGUE_REFRESH_INTERVAL_S = 30  # a reclassified asset shows this late at most
+CATALOGUE_MISS_INTERVAL_S = 1  # unknown symbols are looked up together, and no oftener than this
+CATALOGUE_COUNT_MAX = 20_000
+DIRECTORY_COUNT_MAX = 50_000
+DIRECTORY_LIFETIME_S = 60
+# A portfolio opened through this process a moment ago may not be booked yet: how long a write to it waits.
+BOOKING_WAIT_S = 5
+BOOKING_POLL_INTERVAL_MS = 50
+EXPECTED_COUNT_MAX = 1_000
+
+_Part = Literal["mark", "positions", "sectors"]
+
+
+@dataclass(frozen=True, slots=True)
+class ValuedPositions:
+    """All positions of a portfolio by symbol, valued at one set of quotes, beside the mark they belong to."""
+
+    mark: Mark
+    valuations: dict[str, PositionValuation]
+
+
+class HotLoader:
+    def __init__(self, hot_state: HotStateReads, clock: Clock, stale_after_s: int) -> None:
+        self._hot_state = hot_state
+        self._clock = clock
+        self._stale_after_ns = stale_after_s * SECOND_NS
+        self._loader: DataLoader[tuple[_Part, Place], object] = DataLoader(self._load)
+        self._valued: dict[Place, asyncio.Task[ValuedPositions | None]] = {}
+
+    async def mark(self, place: Place) -> Mark | None:
+        return cast(Mark | None, await self._loader.load(("mark", place)))
+
+    async def sectors(self, place: Place) -> dict[str, SectorValue]:
+        return cast(dict[str, SectorValue], await self._loader.load(("sectors", place)))
+
+    async def valued_positions(self, place: Place) -> ValuedPositions | None:
+        """The portfolio's positions at the latest quotes; None as long as it has no mark."""
+        if place not in self._valued:
+            self._valued[place] = asyncio.ensure_future(self._value(place))
+        return await asyncio.shield(self._valued[place])
+
+    async def _value(self, place: Place) -> ValuedPositions | None:
+        keys: list[tuple[_Part, Place]] = [("mark", place), ("positions", place)]
+        mark, positions = await self._loader.load_many(keys)
+        if mark is None:
+            return None
+        mark, held = cast(Mark, mark), cast(dict[str, HotPosition], positions)
+        quotes = await self._hot_state.quotes(held)
+        now_ns = self._clock.now_ns()
+        return ValuedPositions(
+            mark,
+            {
+                symbol: value_position(symbol, held[symbol], quotes.get(symbol), mark.nav, now_ns, self._stale_after_ns)
+                for symbol in sorted(held)
+            },
+        )
+
+    async def _load(self, keys: list[tuple[_Part, Place]]) -> Sequence[object]:
+        wanted: dict[_Part, list[Place]] = {"mark": [], "positions": [], "sectors": []}
+        for part, place in keys:
+            wanted[part].append(place)
+        found = await self._hot_state.read(
+            marks=wanted["mark"],
+            positions=wanted["positions"],
+            sectors=wanted["sectors"],
+        )
+        by_part: dict[_Part, Mapping[Place, object]] = {
+            "mark": found.marks,
+            "positions": found.positions,
+            "sectors": found.sectors,
+        }
+        return [by_part[part][place] for part, place in keys]
+
+
+class AssetCatalogue:
+    """Assets by symbol, from PostgreSQL, beginning with the catalogue that ships with the program.
+
+    At most CATALOGUE_COUNT_MAX are remembered. A symbol that nobody knows is UNCLASSIFIED, as the ledger books it.
+    """
+
+    def __init__(self, pool: PoolSource) -> None:
+        self._pool = pool
+        self._assets: dict[str, Asset] = load_catalogue()
+        self._unknown: set[str] = set()
+        self._lookup_at_s = 0.0
+
+    def get(self, symbol: str) -> Asset:
+        """The asset as it is known at present, without a read."""
+        return self._assets.get(symbol) or unclassified(symbol)
+
+    async def ensure(self, symbols: Iterable[str]) -> None:
+        """Look up those of `symbols` that are not known yet, unless a look-up was just made."""
+        self._unknown.update(symbol for symbol in symbols if symbol not in self._assets)
+        if not self._unknown or time.monotonic() - self._lookup_at_s < CATALOGUE_MISS_INTERVAL_S:
+            return
+        self._lookup_at_s = time.monotonic()
+        unknown, self._unknown = list(self._unknown)[:CATALOGUE_COUNT_MAX], set()
+        self._remember((await get_assets(self._pool(), unknown)).values())
+
+    async def find(self, symbol: str) -> Asset | None:
+        """The asset if there is one, read from PostgreSQL when it is not known."""
+        if symbol not in self._assets:
+            self._remember((await get_assets(self._pool(), [symbol])).values())
+        return self._assets.get(symbol)
+
+    async def page(self, count_max: int, after: str, asset_class: AssetClass | None, sector: str | None) -> list[Asset]:
+        return await list_assets(self._pool(), count_max, after, asset_class, sector)
+
+    async def refresh(self) -> None:
+        """Read all assets again. Raises what asyncpg raises when PostgreSQL is away."""
+        after = ""
+        while page := await list_assets(self._pool(), 1_000, after):
+            self._remember(page)
+            after = page[-1].symbol
+
+    def _remember(self, assets: Iterable[Asset]) -> None:
+        for asset in assets:
+            if asset.symbol in self._assets or len(self._assets) < CATALOGUE_COUNT_MAX:
+                self._assets[asset.symbol] = asset
+
+
+class PortfolioDirectory:
+    """Portfolio identities, remembered for DIRECTORY_LIFETIME_S; what is not found is asked for every time."""
+
+    def __init__(self, ledger: LedgerReads) -> None:
+        self._ledger = ledger
+        self._known: OrderedDict[str, tuple[float, PortfolioIdentity]] = OrderedDict()
+        self._expected: OrderedDict[str, None] = OrderedDict()
+
+    async def find(self, portfolio_id: str) -> PortfolioIdentity | None:
+        now_s = time.monotonic()
+        known = self._known.get(portfolio_id)
+        if known is not None and now_s - known[0] < DIRECTORY_LIFETIME_S:
+            return known[1]
+        # A text with NUL is no identifier, and PostgreSQL refuses to even compare it.
+        identity = None if "\0" in portfolio_id else await self._ledger.portfolio(portfolio_id)
+        if identity is not None:
+            self.remember(identity)
+        return identity
+
+    def expect(self, portfolio_id: str) -> None:
+        """The portfolio's opening was acknowledged by Kafka; it is about to be booked."""
+        self._expected[portfolio_id] = None
+        if len(self._expected) > EXPECTED_COUNT_MAX:
+            self._expected.popitem(last=False)
+
+    async def find_expected(self, portfolio_id: str) -> PortfolioIdentity | None:
+        """`find`, but waiting up to BOOKING_WAIT_S for a portfolio that is about to be booked.
+
+        Only PostgreSQL says whose a portfolio is: an opening that Kafka took may still be refused.
+        """
+        identity = await self.find(portfolio_id)
+        patience_ends_s = time.monotonic() + BOOKING_WAIT_S
+        while identity is None and portfolio_id in self._expected and time.monotonic() < patience_ends_s:
+            await asyncio.sleep(BOOKING_POLL_INTERVAL_MS / 1_000)
+            identity = await self.find(portfolio_id)
+        self._expected.pop(portfolio_id, None)
+        return identity
+
+    def remember(self, identity: PortfolioIdentity) -> None:
+        self._known[identity.portfolio_id] = (time.monotonic(), identity)
+        self._known.move_to_end(identity.portfolio_id)
+        if len(self._known) > DIRECTORY_COUNT_MAX:
+            self._known.popitem(last=False)

@@ -1,0 +1,3 @@
+from tests.gateway_fixtures import gateway, portfolio_id, shard
+
+__all__ = ["gateway", "portfolio_id", "shard"]

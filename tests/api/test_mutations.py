@@ -1,0 +1,190 @@
+"""Mutations against a real broker: what is produced, what is refused before, and by whom it may be asked."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from engine.messages import CashEvent, FillEvent, OpenEvent, PortfolioEvent, decode_event
+from tests.gateway import WAIT_S, Gateway, gateway_of, make_settings
+
+OPEN = """mutation($in: OpenPortfolioInput!) { openPortfolio(input: $in) {
+    eventId portfolioId acceptedAt partition offset } }"""
+FILL = "mutation($in: RecordFillInput!) { recordFill(input: $in) { eventId portfolioId partition offset } }"
+CASH = "mutation($in: RecordCashMovementInput!) { recordCashMovement(input: $in) { eventId partition offset } }"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def writing(valkey_url: str, database: str, kafka_bootstrap: str) -> AsyncIterator[Gateway]:
+    topic = f"test-{uuid.uuid4().hex}"
+    settings = make_settings(
+        valkey_url, database, kafka_bootstrap=kafka_bootstrap, topic=topic, acknowledge_timeout_s=5
+    )
+    async with gateway_of(settings) as gateway:
+        async with asyncio.timeout(WAIT_S * 2):
+            while not gateway.application.services.events.started:
+                await asyncio.sleep(0.02)
+        yield gateway
+
+
+async def produced(gateway: Gateway, receipt: dict[str, Any]) -> tuple[bytes, PortfolioEvent]:
+    """The key and the event that stand where the receipt says."""
+    settings = gateway.settings
+    consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka_bootstrap, enable_auto_commit=False)
+    await consumer.start()
+    try:
+        place = TopicPartition(settings.topic, receipt["partition"])
+        consumer.assign([place])
+        consumer.seek(place, int(receipt["offset"]))
+        record = await asyncio.wait_for(consumer.getone(), WAIT_S)
+        return record.key, decode_event(record.value)
+    finally:
+        await consumer.stop()
+
+
+async def booked(gateway: Gateway, owner: str = "ann") -> str:
+    name = f"p-{uuid.uuid4().hex[:8]}"
+    await gateway.ledger.portfolio(name, owner, 1)
+    return name
+
+
+async def test_open_portfolio(writing: Gateway) -> None:
+    receipt = (await writing.ask(OPEN, {"in": {"name": "Growth", "baseCurrency": "EUR"}}))["openPortfolio"]
+    key, event = await produced(writing, receipt)
+    assert isinstance(event, OpenEvent)
+    assert key == event.portfolio_id.encode() == receipt["portfolioId"].encode()
+    assert (event.owner, event.name, event.base_currency) == ("ann", "Growth", "EUR")
+    assert event.event_id == receipt["eventId"]
+    assert abs((datetime.now(UTC) - event.opened_at).total_seconds()) < 60
+
+
+async def test_record_fill_keeps_every_digit(writing: Gateway) -> None:
+    name = await booked(writing)
+    given = {
+        "portfolioId": name,
+        "symbol": "BTC-USD",
+        "side": "SELL",
+        "quantity": "0.123456789012",
+        "price": "98765.4321",
+        "fee": "1.000001",
+        "executedAt": "2026-11-22T11:15:30.123456+01:00",
+        "orderId": "o-9",
+        "venue": "SIM",
+        "eventId": "my-own-key",
+    }
+    for _ in range(2):  # a retry is produced again: the ledger tells the copies apart
+        receipt = (await writing.ask(FILL, {"in": given}))["recordFill"]
+        key, event = await produced(writing, receipt)
+    assert isinstance(event, FillEvent)
+    assert (key, event.event_id, event.side) == (name.encode(), "my-own-key", "SELL")
+    assert (event.quantity, event.price, event.fee) == ("0.123456789012", "98765.4321", "1.000001")
+    assert (event.currency, event.order_id, event.venue) == ("USD", "o-9", "SIM")
+    assert event.executed_at == datetime(2026, 11, 22, 10, 15, 30, 123456, tzinfo=UTC)
+
+
+async def test_record_cash_movement(writing: Gateway) -> None:
+    name = await booked(writing)
+    given = {"portfolioId": name, "kind": "WITHDRAWAL", "amount": "10.50", "reference": "rent"}
+    receipt = (await writing.ask(CASH, {"in": given}))["recordCashMovement"]
+    _, event = await produced(writing, receipt)
+    assert isinstance(event, CashEvent)
+    assert (event.kind, event.amount, event.currency, event.reference) == ("WITHDRAWAL", "10.5", "USD", "rent")
+
+
+async def test_events_of_a_portfolio_share_a_partition(writing: Gateway) -> None:
+    name = await booked(writing)
+    given = {"portfolioId": name, "kind": "DEPOSIT", "amount": "1"}
+    receipts = [(await writing.ask(CASH, {"in": given}))["recordCashMovement"] for _ in range(5)]
+    assert len({receipt["partition"] for receipt in receipts}) == 1
+    assert len({receipt["eventId"] for receipt in receipts}) == 5
+
+
+FILL_INPUT = {"symbol": "AAPL", "side": "BUY", "quantity": "1", "price": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"quantity": "0"}, "NOT_POSITIVE"),
+        ({"quantity": "-1"}, "NOT_POSITIVE"),
+        ({"price": "0.0000000000001"}, "TOO_PRECISE"),
+        ({"price": "1e15"}, "TOO_LARGE"),
+        ({"fee": "-1"}, "NEGATIVE_FEE"),
+        ({"fee": "0.0000001"}, "TOO_PRECISE"),
+        ({"symbol": "A B"}, "BAD_IDENTIFIER"),
+        ({"symbol": ""}, "BAD_IDENTIFIER"),
+        ({"currency": "EUR"}, "BAD_CURRENCY"),
+        ({"currency": "XXX"}, "BAD_CURRENCY"),
+        ({"eventId": "a b"}, "BAD_IDENTIFIER"),
+        ({"venue": "x" * 201}, "BAD_TEXT"),
+        ({"executedAt": "1969-12-31T00:00:00Z"}, "BAD_INSTANT"),
+        ({"quantity": 1}, "GRAPHQL_VALIDATION_FAILED"),
+        ({"quantity": "NaN"}, "GRAPHQL_VALIDATION_FAILED"),
+        ({"quantity": "1e999999999"}, "GRAPHQL_VALIDATION_FAILED"),
+        ({"quantity": "1_000"}, "GRAPHQL_VALIDATION_FAILED"),
+        ({"executedAt": "2026-01-01T00:00:00"}, "GRAPHQL_VALIDATION_FAILED"),
+        ({"executedAt": "yesterday"}, "GRAPHQL_VALIDATION_FAILED"),
+    ],
+)
+async def test_bad_fills_are_refused_before_they_are_sent(writing: Gateway, changes: dict[str, Any], code: str) -> None:
+    name = await booked(writing)
+    assert await writing.codes(FILL, {"in": {"portfolioId": name, **FILL_INPUT, **changes}}) == [code]
+
+
+async def test_who_may_write(writing: Gateway) -> None:
+    name = await booked(writing, "ann")
+    variables = {"in": {"portfolioId": name, **FILL_INPUT}}
+    for token, codes in (
+        (writing.token("ann", "portfolio:read ledger:read"), ["FORBIDDEN"]),
+        (writing.token("root", "admin"), ["FORBIDDEN"]),
+        (writing.token("bob", "ledger:write"), ["NOT_FOUND"]),
+    ):
+        assert await writing.codes(FILL, variables, token) == codes
+    await writing.ask(FILL, variables, writing.token("root", "admin ledger:write"))
+    await writing.ask(FILL, variables, writing.token("ann", "ledger:write"))
+
+
+async def test_opening_for_others_and_taken_ids(writing: Gateway) -> None:
+    name = await booked(writing, "ann")
+    assert await writing.codes(OPEN, {"in": {"name": "x", "portfolioId": name}}) == ["ALREADY_EXISTS"]
+    assert await writing.codes(OPEN, {"in": {"name": "x", "owner": "bob"}}) == ["FORBIDDEN"]
+    assert await writing.codes(OPEN, {"in": {"name": " "}}) == ["BAD_TEXT"]
+    assert await writing.codes(OPEN, {"in": {"name": "x", "portfolioId": "a b"}}) == ["BAD_IDENTIFIER"]
+    admin = writing.token("root", "admin ledger:write")
+    receipt = (await writing.ask(OPEN, {"in": {"name": "x", "owner": "bob"}}, admin))["openPortfolio"]
+    _, event = await produced(writing, receipt)
+    assert isinstance(event, OpenEvent) and event.owner == "bob"
+
+
+async def test_a_portfolio_opened_a_moment_ago_is_waited_for(writing: Gateway) -> None:
+    opened = (await writing.ask(OPEN, {"in": {"name": "New"}}))["openPortfolio"]["portfolioId"]
+    asking = asyncio.create_task(writing.ask(FILL, {"in": {"portfolioId": opened, **FILL_INPUT}}))
+    await asyncio.sleep(0.3)
+    assert not asking.done()
+    await writing.ledger.portfolio(opened, "ann", 1)
+    receipt = (await asking)["recordFill"]
+    assert receipt["portfolioId"] == opened
+
+
+async def test_a_taken_id_does_not_become_ones_own_by_opening_it(writing: Gateway) -> None:
+    name = await booked(writing, "bob")
+    # With an event id of one's own the opening is let through, and the evaluator refuses it; nothing is gained.
+    await writing.ask(OPEN, {"in": {"name": "x", "portfolioId": name, "eventId": f"e-{name}"}})
+    assert await writing.codes(FILL, {"in": {"portfolioId": name, **FILL_INPUT}}) == ["NOT_FOUND"]
+
+
+async def test_ready_when_all_answer(writing: Gateway) -> None:
+    async with writing.client() as client:
+        ready = await client.get("/readyz")
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
+
+
+async def test_unavailable_without_a_broker(gateway: Gateway) -> None:
+    assert await gateway.codes(OPEN, {"in": {"name": "x"}}) == ["UNAVAILABLE"]

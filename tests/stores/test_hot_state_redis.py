@@ -1,0 +1,263 @@
+"""The writing half of hot state against a real Valkey: exact bytes, fencing by epoch, and what a lost Redis answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from decimal import Decimal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+
+from engine.marks import MARK, FrameHeader, MarkArray, decode_frame, decode_mark
+from engine.positions import HotPosition, hot_position_decoder
+from engine.posting import PositionsChange
+from engine.sectors import SectorSlice, SectorValue, sector_value_decoder
+from engine.stores import redis_keys
+from engine.stores.hot_state_redis import FlushOutcome, HotStateWriter, MarksLayout
+
+SHARD = 3
+NOW_NS = 1_700_000_000_000_000_000
+
+
+@pytest.fixture
+async def client(redis_db: str) -> AsyncIterator[Redis]:
+    redis = Redis.from_url(redis_db, protocol=3)
+    yield redis
+    await redis.aclose()
+
+
+def marks_of(count: int, first: int = 0) -> MarkArray:
+    """Marks that differ in every field and row."""
+    rows = np.zeros(count, MARK)
+    for column, name in enumerate(MARK.names[:-1]):
+        rows[name] = (np.arange(count) + first) * 1_000 + column + 1
+    return rows
+
+
+def place(writer: HotStateWriter, names: list[str]) -> np.ndarray:
+    for slot, name in enumerate(names):
+        writer.layout.place(slot, name)
+    return np.arange(len(names), dtype=np.int64)
+
+
+def header(epoch: int, sequence: int) -> FrameHeader:
+    return FrameHeader(SHARD, epoch, sequence, sequence - 1, NOW_NS, 0)
+
+
+def holding(quantity: str, symbol: str = "AAPL", *, replace: bool = False, name: str = "p-1") -> PositionsChange:
+    slices = [SectorSlice("Tech", 7, 7, Decimal(1))]
+    return PositionsChange(name, replace, [], {symbol: HotPosition(quantity, 5, 6, 7, 8)}, slices)
+
+
+async def quantities(client: Redis, name: str = "p-1") -> dict[str, str]:
+    packed = await client.hgetall(redis_keys.positions(SHARD, name))
+    return {symbol.decode(): hot_position_decoder.decode(value).quantity for symbol, value in packed.items()}
+
+
+# -- marks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 3, 3], [1, 64, 1, 9, 10, 11, 64], list(range(1, 65))])
+async def test_a_flush_writes_each_mark_under_its_id_whatever_the_ids_lengths(
+    client: Redis, lengths: list[int]
+) -> None:
+    writer = HotStateWriter(client)
+    names = [f"{number:x}".rjust(length, "p")[-length:] for number, length in enumerate(lengths)]
+    slots = place(writer, names)
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    marks = marks_of(len(names))
+    assert await writer.flush(header(1, 1), slots, marks) is FlushOutcome.WRITTEN
+    stored = await client.hgetall(redis_keys.marks(SHARD, 1))
+    assert stored == {name.encode(): row.tobytes() for name, row in zip(names, marks, strict=True)}
+
+
+async def test_a_flush_of_some_slots_leaves_the_other_marks(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    names = [f"p-{10**number}" for number in range(6)] * 40
+    names = [f"{name}-{number}" for number, name in enumerate(names)]
+    slots = place(writer, names)
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    await writer.flush(header(1, 1), slots, marks_of(len(names)))
+    chosen = slots[::7]
+    await writer.flush(header(1, 2), chosen, marks_of(len(chosen), first=5_000))
+    stored = await client.hgetall(redis_keys.marks(SHARD, 1))
+    expected = dict(zip(names, marks_of(len(names)), strict=True))
+    expected |= dict(zip([names[slot] for slot in chosen], marks_of(len(chosen), first=5_000), strict=True))
+    assert stored == {name.encode(): row.tobytes() for name, row in expected.items()}
+
+
+@given(st.permutations(range(200)), st.lists(st.integers(1, 20), min_size=200, max_size=200))
+@settings(max_examples=20)
+def test_slots_may_be_laid_out_in_any_order_and_again_under_other_names(order: list[int], lengths: list[int]) -> None:
+    layout, names = MarksLayout(), {}
+    for again in range(2):
+        for slot in order:
+            length = lengths[slot - again]
+            names[slot] = f"{slot}".rjust(length, "x")[-length:]
+            layout.place(slot, names[slot])
+    slots = np.arange(200, dtype=np.int64)
+    marks, found = marks_of(200), []
+    for _, rows in layout.fill(slots, marks):
+        found += [(row["id"], row["mark"].tobytes()) for row in rows]
+    expected = [(names[slot].encode(), marks[slot].tobytes()) for slot in range(200)]
+    assert sorted(found) == sorted(expected)
+
+
+async def test_a_frame_carries_the_rows_that_were_written(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    slots = place(writer, ["p-1", "p-22", "q-1"])
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    async with client.pubsub() as pubsub:
+        await pubsub.subscribe(redis_keys.marks_channel(SHARD))
+        await pubsub.get_message(timeout=5)
+        await writer.flush(header(1, 9), slots, marks_of(3))
+        message = await pubsub.get_message(timeout=5)
+    found, groups = decode_frame(message["data"])
+    assert found == header(1, 9)
+    rows = {}
+    for ids, packed in groups:
+        for at, name in enumerate(ids):
+            rows[name] = bytes(packed[at * MARK.itemsize : (at + 1) * MARK.itemsize])
+    assert rows == await client.hgetall(redis_keys.marks(SHARD, 1))
+    pointer = await client.hgetall(redis_keys.shard(SHARD))
+    assert (pointer[b"sequence"], pointer[b"updated_at_ns"]) == (b"9", b"%d" % NOW_NS)
+
+
+async def test_a_flush_without_slots_is_a_heartbeat_and_writes_no_mark(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    assert await writer.flush(header(1, 1), np.zeros(0, np.int64), marks_of(0)) is FlushOutcome.WRITTEN
+    assert not await client.exists(redis_keys.marks(SHARD, 1))
+
+
+async def test_a_fenced_flush_publishes_nothing_and_its_marks_are_not_the_pointers(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    slots = place(writer, ["p-1"])
+    await writer.advance(SHARD, 2, "newer", NOW_NS)
+    await writer.flush(header(2, 1), slots, marks_of(1, first=70))
+    async with client.pubsub() as pubsub:
+        await pubsub.subscribe(redis_keys.marks_channel(SHARD))
+        await pubsub.get_message(timeout=5)
+        assert await writer.flush(header(1, 8), slots, marks_of(1)) is FlushOutcome.FENCED
+        assert await pubsub.get_message(timeout=0.2) is None
+    assert await client.hget(redis_keys.shard(SHARD), "sequence") == b"1"
+    packed = await client.hget(redis_keys.marks(SHARD, 2), "p-1")
+    assert decode_mark(packed, 2).nav == 70_001
+
+
+async def test_a_redis_that_forgot_everything_answers_lost(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    slots = place(writer, ["p-1"])
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    await client.flushall()
+    assert await writer.flush(header(1, 1), slots, marks_of(1)) is FlushOutcome.LOST
+    assert not await client.exists(redis_keys.shard(SHARD))
+
+
+async def test_an_error_reply_leaves_no_answer_behind_for_the_next_command(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    slots = place(writer, ["p-1"])
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    await client.set(redis_keys.marks(SHARD, 1), "no hash")
+    with pytest.raises(Exception, match="WRONGTYPE"):
+        await writer.flush(header(1, 1), slots, marks_of(1))
+    assert await client.echo("mine") == b"mine"
+    await client.delete(redis_keys.marks(SHARD, 1))
+    assert await writer.flush(header(1, 2), slots, marks_of(1)) is FlushOutcome.WRITTEN
+
+
+# -- the pointer -------------------------------------------------------------------------------------------
+
+
+async def test_the_pointer_only_moves_forward(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    assert await writer.advance(SHARD, 9, "nine", NOW_NS)
+    assert await writer.advance(SHARD, 10, "ten", NOW_NS)
+    assert not await writer.advance(SHARD, 9, "nine", NOW_NS)
+    assert await writer.advance(SHARD, 10, "ten", NOW_NS)
+    pointer = await client.hgetall(redis_keys.shard(SHARD))
+    assert (pointer[b"epoch"], pointer[b"owner"]) == (b"10", b"ten")
+
+
+async def test_moving_on_deletes_the_replaced_marks_and_no_others(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    slots = place(writer, ["p-1"])
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    for epoch in (1, 2):
+        await writer.write_marks(SHARD, epoch, slots, marks_of(1))
+    await writer.advance(SHARD, 2, "me", NOW_NS)
+    assert not await client.exists(redis_keys.marks(SHARD, 1))
+    await writer.advance(SHARD, 2, "me", NOW_NS)
+    assert await client.exists(redis_keys.marks(SHARD, 2))
+
+
+# -- positions and sectors ---------------------------------------------------------------------------------
+
+
+async def test_positions_and_sectors_are_written_whole_and_replaced(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    before = PositionsChange(
+        "p-1",
+        True,
+        [],
+        {"AAPL": HotPosition("1", 2, 3, 4, 5), "XOM": HotPosition("-9", 2, 3, 4, 5)},
+        [SectorSlice("Tech", 5, 5, Decimal("0.25")), SectorSlice("Energy", -15, 15, Decimal("0.75"))],
+    )
+    assert await writer.write_positions(SHARD, 1, [before])
+    assert await quantities(client) == {"AAPL": "1", "XOM": "-9"}
+    ranked = await client.zrange(redis_keys.sectors(SHARD, "p-1"), 0, -1, withscores=True)
+    assert [(name, score) for name, score in ranked] == [(b"Tech", 0.25), (b"Energy", 0.75)]
+    values = await client.hgetall(redis_keys.sector_values(SHARD, "p-1"))
+    assert sector_value_decoder.decode(values[b"Energy"]) == SectorValue(-15, 15)
+    changed = PositionsChange("p-1", False, ["XOM", "gone"], {"MSFT": HotPosition("4", 2, 3, 4, 5)}, [])
+    assert await writer.write_positions(SHARD, 1, [changed])
+    assert await quantities(client) == {"AAPL": "1", "MSFT": "4"}
+    assert not await client.exists(redis_keys.sectors(SHARD, "p-1"), redis_keys.sector_values(SHARD, "p-1"))
+    assert await writer.write_positions(SHARD, 1, [holding("7", "NEW", replace=True)])
+    assert await quantities(client) == {"NEW": "7"}
+
+
+async def test_positions_of_an_older_epoch_are_refused(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    await writer.advance(SHARD, 2, "newer", NOW_NS)
+    await writer.write_positions(SHARD, 2, [holding("2")])
+    assert not await writer.write_positions(SHARD, 1, [holding("1")])
+    assert await quantities(client) == {"AAPL": "2"}
+
+
+async def test_a_former_owner_can_not_write_between_the_new_ones_positions_and_its_pointer(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    await writer.advance(SHARD, 1, "former", NOW_NS)
+    assert await writer.write_positions(SHARD, 2, [holding("2", replace=True)])
+    assert not await writer.write_positions(SHARD, 1, [holding("1")])
+    assert await quantities(client) == {"AAPL": "2"}
+
+
+async def test_positions_written_before_the_pointer_do_not_make_one(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    slots = place(writer, ["p-1"])
+    await writer.write_positions(SHARD, 2, [holding("2")])
+    assert await writer.flush(header(2, 1), slots, marks_of(1)) is FlushOutcome.LOST
+
+
+@pytest.mark.parametrize("count", [3_999, 4_000, 4_001, 9_500])
+async def test_a_portfolio_of_thousands_of_positions_is_written_and_closed(client: Redis, count: int) -> None:
+    writer = HotStateWriter(client)
+    symbols = [f"S-{number}" for number in range(count)]
+    positions = {symbol: HotPosition(symbol[2:], 1, 2, 3, 4) for symbol in symbols}
+    slices = [SectorSlice(symbol, 1, 1, Decimal(1) / count) for symbol in symbols]
+    assert await writer.write_positions(SHARD, 1, [PositionsChange("p-1", True, [], positions, slices)])
+    assert await quantities(client) == {symbol: symbol[2:] for symbol in symbols}
+    assert await client.zcard(redis_keys.sectors(SHARD, "p-1")) == count
+    assert await writer.write_positions(SHARD, 1, [PositionsChange("p-1", False, symbols, {}, [])])
+    assert await quantities(client) == {}
+
+
+async def test_more_portfolios_than_one_script_call_takes_are_all_written(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    names = [f"p-{number}" for number in range(450)]
+    assert await writer.write_positions(SHARD, 1, [holding(name[2:], name=name) for name in names])
+    assert [await quantities(client, name) for name in names] == [{"AAPL": name[2:]} for name in names]
