@@ -32,7 +32,7 @@ from benchmarks.seed_load import ASSETS_COUNT, Load, fill_database, make_load
 from engine.marks import decode_frame
 from engine.runtime.connections import make_engine
 from engine.runtime.embedded import start_embedded
-from engine.runtime.embedded_valkey import free_port
+from engine.runtime.embedded_start import free_port
 from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys

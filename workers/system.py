@@ -32,6 +32,7 @@ from pydantic import SecretStr
 from engine.runtime.clock import SECOND_NS
 from engine.runtime.connections import connect_postgres
 from engine.runtime.embedded import EmbeddedError, start_embedded
+from engine.runtime.embedded_start import free_port
 from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import ReadyFile, Settings, read_ready_file
 from engine.runtime.supervisor import Supervisor
@@ -77,8 +78,9 @@ def run_system(
         except (EmbeddedError, OSError, ValueError, asyncpg.PostgresError) as error:
             fail(str(error))
         supervisor = Supervisor(children)
-        _start_roles(supervisor, settings, options)
-        ready = _wait_until_ready(settings, options, supervisor, server_pids, fail)
+        metrics_ports = _start_roles(supervisor, settings, options)
+        _wait_until_ready(settings, supervisor, fail)
+        ready = _ready_file(settings, {**server_pids, **supervisor.pids, "system": os.getpid()}, metrics_ports)
         if options.ready_file is not None:
             _write_ready_file(options.ready_file, ready)
         on_ready(ready, settings)
@@ -133,11 +135,15 @@ def recording_of(feed: str) -> Path:
     return parse_replay(rest)[0] if kind == "replay" else Path()
 
 
-def _start_roles(supervisor: Supervisor, settings: Settings, options: SystemOptions) -> None:
+def _start_roles(supervisor: Supervisor, settings: Settings, options: SystemOptions) -> dict[str, int]:
+    """Start every role; returns the port of each one's metrics."""
+    metrics_ports: dict[str, int] = {}
     environment = os.environ | settings.environment()
 
     def start(role: str, *arguments: str) -> None:
-        supervisor.add(role, [sys.executable, "-m", "navstream", *arguments], environment)
+        port = str(metrics_ports.setdefault(role, free_port()))
+        own = environment | {"NAVSTREAM_METRICS_PORT": port}
+        supervisor.add(role, [sys.executable, "-m", "navstream", *arguments], own)
 
     for number in range(options.evaluators):
         start(f"evaluator-{number}", "evaluator")
@@ -149,32 +155,32 @@ def _start_roles(supervisor: Supervisor, settings: Settings, options: SystemOpti
         recording = recording_of(options.feed)
         extra = ("--recording", str(recording)) if recording.name else ()
         start("traders", "traders", str(options.demo_portfolios), str(options.seed), *extra)
+    return metrics_ports | {"api": settings.port}
 
 
-def _wait_until_ready(
-    settings: Settings,
-    options: SystemOptions,
-    supervisor: Supervisor,
-    server_pids: dict[str, int],
-    fail: Callable[[str], NoReturn],
-) -> ReadyFile:
+def _wait_until_ready(settings: Settings, supervisor: Supervisor, fail: Callable[[str], NoReturn]) -> None:
     deadline_s = time.monotonic() + READY_TIMEOUT_S
-    base = f"http://{settings.host}:{settings.port}"
-    while not (_answers(f"{base}/readyz") and asyncio.run(_shards_owned(settings))):
+    url = f"http://{settings.host}:{settings.port}/readyz"
+    while not (_answers(url) and asyncio.run(_shards_owned(settings))):
         if time.monotonic() > deadline_s:
-            fail(f"not ready within {READY_TIMEOUT_S} s: see the log above and {base}/readyz")
+            fail(f"not ready within {READY_TIMEOUT_S} s: see the log above and {url}")
         time.sleep(READY_POLL_INTERVAL_S)
         supervisor.tick(time.monotonic())
+
+
+def _ready_file(settings: Settings, pids: dict[str, int], metrics_ports: dict[str, int]) -> ReadyFile:
+    address = f"{settings.host}:{settings.port}"
     return ReadyFile(
-        graphql_url=f"{base}/graphql",
-        ws_url=f"ws://{settings.host}:{settings.port}/graphql",
+        graphql_url=f"http://{address}/graphql",
+        ws_url=f"ws://{address}/graphql",
         redis_url=settings.redis_url,
         postgres_url=settings.postgres_url,
         kafka_bootstrap=settings.kafka_bootstrap,
         topic=settings.topic,
         jwt_secret=settings.jwt_secret.get_secret_value(),
         market_clock=settings.market_clock,
-        pids={**server_pids, **supervisor.pids, "system": os.getpid()},
+        pids=pids,
+        metrics_urls={role: f"http://{settings.host}:{port}/metrics" for role, port in metrics_ports.items()},
     )
 
 

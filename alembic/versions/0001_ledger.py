@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from alembic import op
@@ -156,11 +157,21 @@ def _create_history() -> None:
         sa.Column("sequence", sa.BigInteger, nullable=False),
         sa.Column("ledger_sequence", sa.BigInteger, nullable=False),
     )
+    _make_hypertable()
+
+
+def _make_hypertable() -> None:
+    """A hypertable where TimescaleDB can be had. Available is not enough: it must be preloaded and permitted."""
     connection = op.get_bind()
-    available = sa.text("SELECT 1 FROM pg_available_extensions WHERE name = 'timescaledb'")
-    if connection.scalar(available):
-        op.execute("CREATE EXTENSION IF NOT EXISTS timescaledb")
-        op.execute("SELECT create_hypertable('equity_snapshot', 'at', create_default_indexes => false)")
+    if not connection.scalar(sa.text("SELECT 1 FROM pg_available_extensions WHERE name = 'timescaledb'")):
+        return
+    try:
+        with connection.begin_nested():
+            connection.execute(sa.text("CREATE EXTENSION IF NOT EXISTS timescaledb"))
+    except sa.exc.DBAPIError as error:
+        structlog.get_logger("migration").warning("timescaledb_unusable", reason=str(error.orig)[:200])
+        return
+    op.execute("SELECT create_hypertable('equity_snapshot', 'at', create_default_indexes => false)")
 
 
 def downgrade() -> None:

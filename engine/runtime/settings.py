@@ -24,6 +24,7 @@ class ReadyFile(msgspec.Struct, frozen=True, kw_only=True):
     jwt_secret: str
     market_clock: str
     pids: dict[str, int]
+    metrics_urls: dict[str, str]
 
 
 class Settings(BaseSettings):

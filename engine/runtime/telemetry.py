@@ -59,5 +59,8 @@ def start_telemetry(settings: Settings, role: str) -> None:
     # Client libraries repeat every failed attempt; what matters of it is logged once by connections.Outage.
     for name in ("aiokafka", "strawberry", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if settings.metrics_port:
-        start_http_server(settings.metrics_port, settings.host)
+    if settings.metrics_port and role != "api":
+        try:
+            start_http_server(settings.metrics_port, settings.host)
+        except OSError as error:
+            structlog.get_logger(__name__).warning("metrics_not_served", port=settings.metrics_port, reason=str(error))

@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from engine.runtime.embedded_valkey import free_port
+from engine.runtime.embedded_start import free_port
 from engine.runtime.settings import ReadyFile, read_ready_file
 
 RECORDING = Path(__file__).parents[3] / "shared/market/us_equities_daily_2020-04_2021-04.csv.gz"
@@ -121,6 +121,11 @@ def one_event_file(tmp_path: Path) -> Path:
     return path
 
 
+def counted(metrics: str, name: str) -> float:
+    """The value of one sample; 0 when nothing was counted yet."""
+    return sum(float(line.rpartition(" ")[2]) for line in metrics.splitlines() if line.startswith(name))
+
+
 def test_up_events_reconcile_and_an_orderly_end(tmp_path: Path, one_event_file: Path) -> None:
     with system(tmp_path, "up", "--evaluators", "2") as (process, ready):
         file = str(tmp_path / "ready.json")
@@ -139,6 +144,9 @@ def test_up_events_reconcile_and_an_orderly_end(tmp_path: Path, one_event_file: 
         checked = navstream("reconcile", "--ready-file", file)
         assert (checked.returncode, checked.stdout.strip()) == (0, "1 portfolios, 2 ledger entries, 0 differences")
         assert set(ready.pids) >= {"valkey", "postgres", "broker", "evaluator-0", "evaluator-1", "api", "snapshots"}
+        evaluators = [httpx.get(ready.metrics_urls[f"evaluator-{n}"]).text for n in range(2)]
+        assert sum(counted(text, 'navstream_events_total{outcome="booked"}') for text in evaluators) == 2
+        assert sum(counted(text, 'navstream_dead_letters_total{code="MALFORMED"}') for text in evaluators) == 1
         process.send_signal(signal.SIGINT)
         process.wait(END_TIMEOUT_S)
         wait_until(lambda: all_gone(ready.pids), 10)
