@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 
 import asyncpg
+import numpy as np
 import pytest
 import redis.asyncio
 
 from engine.marks import MARK
 from engine.runtime.clock import HOUR_NS, to_datetime
 from engine.stores import redis_keys
+from engine.stores.migrate import upgrade
 from engine.stores.snapshots_timescale import SnapshotStore
+from tests.conftest import create_database, drop_database
 from workers import snapshots
 from workers.snapshots import SnapshotTaker
 
+TIMESCALE_URL = os.environ.get("NAVSTREAM_TEST_TIMESCALE_URL", "")
 START_NS = 1_795_352_400_000_000_000  # 2026-11-22T13:00:00Z
 MICRO = 1_000_000
 
@@ -27,10 +32,19 @@ class SetClock:
         return self.ns
 
 
-@pytest.fixture
-async def pool(fresh_database: str) -> AsyncIterator[asyncpg.Pool]:
-    async with asyncpg.create_pool(fresh_database, min_size=1, max_size=2) as pool:
-        yield pool
+@pytest.fixture(params=["plain", pytest.param("timescale", marks=pytest.mark.timescale)])
+async def pool(request: pytest.FixtureRequest) -> AsyncIterator[asyncpg.Pool]:
+    """One contract, both tables: a plain one, and a hypertable where a server with TimescaleDB is named."""
+    if request.param == "timescale" and not TIMESCALE_URL:
+        pytest.skip("NAVSTREAM_TEST_TIMESCALE_URL names no PostgreSQL server with the timescaledb extension")
+    server = TIMESCALE_URL if request.param == "timescale" else request.getfixturevalue("postgres_url")
+    url = create_database(server)
+    try:
+        await upgrade(url)
+        async with asyncpg.create_pool(url, min_size=1, max_size=2) as pool:
+            yield pool
+    finally:
+        drop_database(server, url)
 
 
 @pytest.fixture
@@ -41,8 +55,6 @@ async def client(redis_db: str) -> AsyncIterator[redis.asyncio.Redis]:
 
 
 def packed(nav: int, sequence: int = 1) -> bytes:
-    import numpy as np
-
     row = np.zeros(1, MARK)
     row["nav"], row["cash"], row["positions_value"] = nav, nav - 5, 5
     row["as_of_ns"], row["sequence"], row["ledger_sequence"] = START_NS - 1_000, sequence, 3
@@ -131,11 +143,3 @@ async def test_twenty_thousand_portfolios_are_all_kept(pool: asyncpg.Pool, clien
     clock.ns += HOUR_NS
     assert await taker.poll() == 20_000
     assert await pool.fetchval("SELECT count(*) FROM equity_snapshot") == 20_000
-
-
-@pytest.mark.timescale
-async def test_snapshots_are_a_hypertable_where_timescaledb_is(pool: asyncpg.Pool) -> None:
-    if not await pool.fetchval("SELECT 1 FROM pg_available_extensions WHERE name = 'timescaledb'"):
-        pytest.skip("this PostgreSQL server has no timescaledb extension")
-    hypertables = await pool.fetch("SELECT hypertable_name FROM timescaledb_information.hypertables")
-    assert [row["hypertable_name"] for row in hypertables] == ["equity_snapshot"]

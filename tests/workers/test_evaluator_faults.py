@@ -1,0 +1,262 @@
+"""What goes wrong around an evaluator, and that it ends where it would have ended without.
+
+The interleavings that real servers show once in a thousand runs are made here on purpose: a commit whose answer is
+lost, a day cut while positions are written, a shard that leaves while it is flushed, a renewal before the last surplus
+is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+
+from engine.book import Account, Holding
+from engine.messages import Quote, quote_encoder
+from engine.pnl import DayBase
+from engine.runtime.clock import WallClock
+from engine.runtime.settings import Settings
+from engine.stores import redis_keys
+from engine.stores.hot_state_redis import FlushOutcome
+from engine.stores.ledger_postgres import Fenced, Lease
+from engine.stores.shards_postgres import Tenure
+from tests.running_system import MICRO, System, connected, deposit, fill, opening, read_all, running
+from workers.evaluator import DEAD_LETTER_BYTES_MAX, Evaluator
+from workers.flusher import OwnedShard
+
+
+@pytest.fixture
+async def system(redis_db: str, fresh_database: str, kafka_bootstrap: str, topic: str) -> AsyncIterator[System]:
+    settings = Settings(
+        redis_url=redis_db,
+        postgres_url=fresh_database,
+        kafka_bootstrap=kafka_bootstrap,
+        topic=topic,
+        flush_interval_ms=20,
+    )
+    async with connected(settings) as one:
+        yield one
+
+
+@pytest.fixture
+async def alone() -> AsyncIterator[Evaluator]:
+    """An evaluator that is connected to nothing; its parts are replaced by the test."""
+    settings = Settings(redis_url="redis://127.0.0.1:1", postgres_url="postgresql://127.0.0.1:1/x")
+    evaluator = Evaluator(settings, WallClock())
+    yield evaluator
+    await evaluator._redis.aclose()
+    await evaluator._engine.dispose()
+
+
+def lease(shard: int, epoch: int = 1) -> Lease:
+    return Lease(shard, epoch, "log")
+
+
+def own(evaluator: Evaluator, *shards: int) -> None:
+    """Give the evaluator shards with one portfolio each, holding one AAPL."""
+    for shard in shards:
+        evaluator.owned[shard] = OwnedShard(lease(shard), 0, published=True)
+        account = Account(0, 0, 0, 1, DayBase(0, 1, 0))
+        evaluator.book.open(f"p-{shard}", shard, account, [Holding("AAPL", Decimal(1), 7, 0)])
+        evaluator.flusher.place(f"p-{shard}")
+
+
+# -- with real servers ---------------------------------------------------------------------------------------
+
+
+async def test_a_commit_whose_answer_was_lost_counts_once_and_marks_stay_in_order(system: System) -> None:
+    async with running(system.settings) as evaluator:
+        await system.send(opening("p-1"), deposit("p-1", "5", "d1"), fill("p-1", "BUY", "2", "1", "b1"))
+        await system.quote("AAPL", "1.5")
+        before = await system.mark_when("p-1", lambda mark: mark.nav == 6 * MICRO)
+        for _ in range(5):
+            await system.quote("AAPL", "1.5")
+            await system.quote("AAPL", "1.6")
+        before = await system.mark_when("p-1", lambda mark: mark.nav == 6_200_000)
+        book, lost = evaluator._ledger.book, []
+
+        async def book_and_lose_the_answer(*arguments: Any) -> Any:
+            booked = await book(*arguments)
+            if len(lost) < 2:
+                lost.append(booked)
+                raise ConnectionResetError
+            return booked
+
+        evaluator._ledger.book = book_and_lose_the_answer  # type: ignore[method-assign]
+        await system.send(deposit("p-1", "7", "d2"))
+        after = await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 4)
+        await system.send(fill("p-1", "SELL", "1", "2", "s1"))
+        last = await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 5)
+    assert len(lost) == 2
+    assert (after.nav, last.nav) == (13_200_000, 13_600_000)
+    assert before.epoch == after.epoch == last.epoch
+    assert before.sequence < after.sequence < last.sequence
+
+
+async def test_a_message_larger_than_a_dead_letter_may_be_does_not_stop_the_partition(system: System) -> None:
+    settings = system.settings
+    producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, max_request_size=4 * 1024 * 1024)
+    await producer.start()
+    async with running(settings):
+        await system.send(opening("p-1"))
+        await producer.send_and_wait(settings.topic, b"x" * 1_200_000, key=b"p-1")
+        await system.send(deposit("p-1", "5", "d1"))
+        await system.mark_when("p-1", lambda mark: mark.cash == 5 * MICRO)
+    await producer.stop()
+    letters = await read_all(system, f"{settings.topic}.dlq")
+    assert letters == [(b"x" * DEAD_LETTER_BYTES_MAX, b"TOO_LONG")]
+
+
+async def test_what_is_no_price_never_reaches_the_book_and_stops_nothing(system: System) -> None:
+    await system.redis.hset(redis_keys.PRICES, "BAD", b"\xc1garbage")
+    nan = Quote("AAPL", "NaN", WallClock().now_ns(), "test", 1)
+    await system.redis.hset(redis_keys.PRICES, "AAPL", quote_encoder.encode(nan))
+    async with running(system.settings):
+        await system.send(opening("p-1"), deposit("p-1", "5", "d1"), fill("p-1", "BUY", "2", "1", "b1"))
+        first = await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 3)
+        assert first.nav == 5 * MICRO
+        for price in ("NaN", "0", "-3", "Infinity", "x", "1e999999999", "1e14"):
+            await system.quote("AAPL", price)
+        await system.quote("AAPL", "3")
+        assert (await system.mark_when("p-1", lambda mark: mark.quality == 0)).nav == 9 * MICRO
+
+
+# -- interleavings made on purpose ---------------------------------------------------------------------------
+
+
+async def test_a_renewal_does_not_count_what_is_about_to_be_let_go_as_surplus_again(alone: Evaluator) -> None:
+    own(alone, 0, 1, 2, 3)
+
+    async def renew(*_: object) -> Tenure:
+        return Tenure(frozenset(range(4)), [], 2)
+
+    alone.shards = SimpleNamespace(renew=renew)  # type: ignore[assignment]
+    for _ in range(3):
+        await alone._renew()
+    assert alone._leaving == {0, 1}
+
+
+async def test_every_batch_of_a_fetch_comes_to_an_end_before_the_next_fetch(alone: Evaluator) -> None:
+    own(alone, 0, 1)
+    ended = []
+
+    async def getmany(**_: object) -> dict[Any, Any]:
+        fetched = SimpleNamespace(offset=0, key=b"", value=b"")
+        return {TopicPartition("topic", shard): [fetched] for shard in (0, 1)}
+
+    async def book(of: Lease, *_: object) -> None:
+        await asyncio.sleep(0.05 * of.shard)
+        ended.append(of.shard)
+        raise ConnectionResetError
+
+    alone._consumer = SimpleNamespace(getmany=getmany)
+    alone._ledger = SimpleNamespace(book=book)  # type: ignore[assignment]
+    with pytest.raises(ConnectionResetError):
+        await alone._poll()
+    assert ended == [0, 1]
+    assert {claimed.shard for claimed in alone._claims} == {0, 1}
+
+
+async def test_a_day_cut_while_positions_are_written_makes_them_due_again(alone: Evaluator) -> None:
+    own(alone, 0)
+    owned = alone.owned[0]
+    owned.positions_due = True
+    written = []
+
+    async def write_all(_: OwnedShard) -> bool:
+        written.append(1)
+        owned.positions_due = len(written) == 1  # the cut comes during the first
+        return True
+
+    alone.flusher.write_all_positions = write_all  # type: ignore[method-assign]
+    for _ in range(3):
+        await alone.flusher.settle(owned)
+    assert len(written) == 2
+
+
+async def test_positions_that_could_not_be_written_stay_due(alone: Evaluator) -> None:
+    own(alone, 0)
+    owned = alone.owned[0]
+    owned.positions_due = True
+
+    async def fail(_: OwnedShard) -> bool:
+        raise ConnectionResetError
+
+    alone.flusher.write_all_positions = fail  # type: ignore[method-assign]
+    with pytest.raises(ConnectionResetError):
+        await alone.flusher.settle(owned)
+    assert owned.positions_due
+
+
+async def test_a_shard_that_turns_out_fenced_when_taken_again_leaves_the_book(alone: Evaluator) -> None:
+    own(alone, 0, 1)
+    released = []
+
+    async def fenced(_: Lease) -> OwnedShard:
+        raise Fenced("a newer epoch")
+
+    async def release(of: Lease) -> None:
+        released.append(of)
+
+    alone.flusher.take = fenced  # type: ignore[method-assign]
+    alone.shards = SimpleNamespace(release=release)  # type: ignore[assignment]
+    await alone._take(lease(0))
+    assert alone._leaving == {0}
+    await alone._let_go(0)
+    assert (alone.owned.keys(), "p-0" in alone.book, "p-1" in alone.book) == ({1}, False, True)
+
+
+async def test_a_shard_taken_again_under_its_lease_goes_on_with_its_sequence(alone: Evaluator) -> None:
+    own(alone, 0)
+    alone.owned[0].sequence = 41
+
+    async def take(of: Lease) -> OwnedShard:
+        return OwnedShard(of, 9)
+
+    alone.flusher.take = take  # type: ignore[method-assign]
+    await alone._take(lease(0))
+    assert (alone.owned[0].sequence, alone.owned[0].next_offset) == (41, 9)
+    await alone._take(lease(0, epoch=2))
+    assert alone.owned[0].sequence == 0
+
+
+async def test_a_flush_writes_no_slot_that_has_changed_hands_since_it_was_counted(alone: Evaluator) -> None:
+    own(alone, 0, 1)
+    flushed: list[list[str]] = []
+
+    async def flush(_: object, slots: np.ndarray, __: object) -> FlushOutcome:
+        flushed.append(alone.book.portfolio_ids(slots))
+        return FlushOutcome.WRITTEN
+
+    alone.hot.flush = flush  # type: ignore[method-assign]
+    counted, first = alone.book.changed(), alone.owned[0]
+    alone.book.drop_shard(1)
+    own(alone, 2)
+    await alone.flusher._flush_shard(first, counted, 0)
+    assert flushed == [["p-0"]]
+    assert alone.book.portfolio_ids(alone.book.changed()) == ["p-2"]
+    del alone.owned[0]
+    await alone.flusher._flush_shard(first, counted, 0)
+    assert flushed == [["p-0"]]
+
+
+async def test_leaving_is_said_before_shards_are_given_back_and_claims_are_given_back_too(alone: Evaluator) -> None:
+    own(alone, 0)
+    alone._claims = [lease(5)]
+    said: list[object] = []
+
+    async def leave() -> None:
+        said.append("leave")
+
+    async def release(of: Lease) -> None:
+        said.append(of.shard)
+
+    alone.shards = SimpleNamespace(leave=leave, release=release)  # type: ignore[assignment]
+    await alone._leave()
+    assert said == ["leave", 0, 5]
