@@ -18,8 +18,10 @@ import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 
 from engine.book import Account, Holding
+from engine.marks import MarkQuality
 from engine.messages import Quote, quote_encoder
 from engine.pnl import DayBase
+from engine.posting import PositionsChange
 from engine.runtime.clock import WallClock
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
@@ -120,11 +122,13 @@ async def test_what_is_no_price_never_reaches_the_book_and_stops_nothing(system:
     async with running(system.settings):
         await system.send(opening("p-1"), deposit("p-1", "5", "d1"), fill("p-1", "BUY", "2", "1", "b1"))
         first = await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 3)
-        assert first.nav == 5 * MICRO
+        assert (first.nav, first.quality) == (5 * MICRO, MarkQuality.MISSING)
         for price in ("NaN", "0", "-3", "Infinity", "x", "1e999999999", "1e14"):
             await system.quote("AAPL", price)
+            await asyncio.sleep(0.06)  # three flushes, so that each would have had its effect
+            assert (await system.mark("p-1")).nav == 5 * MICRO  # type: ignore[union-attr]
         await system.quote("AAPL", "3")
-        assert (await system.mark_when("p-1", lambda mark: mark.quality == 0)).nav == 9 * MICRO
+        assert (await system.mark_when("p-1", lambda mark: mark.quality is MarkQuality.LIVE)).nav == 9 * MICRO
 
 
 # -- interleavings made on purpose ---------------------------------------------------------------------------
@@ -192,6 +196,18 @@ async def test_positions_that_could_not_be_written_stay_due(alone: Evaluator) ->
     with pytest.raises(ConnectionResetError):
         await alone.flusher.settle(owned)
     assert owned.positions_due
+
+
+async def test_a_batchs_positions_that_could_not_be_written_have_the_shard_published_again(alone: Evaluator) -> None:
+    own(alone, 0)
+
+    async def fail(*_: object) -> bool:
+        raise ConnectionResetError
+
+    alone.hot.write_positions = fail  # type: ignore[method-assign]
+    change = PositionsChange("p-0", False, ["AAPL"], {}, [])
+    await alone.flusher.write_positions(alone.owned[0], [change])
+    assert not alone.owned[0].published
 
 
 async def test_a_shard_that_turns_out_fenced_when_taken_again_leaves_the_book(alone: Evaluator) -> None:

@@ -1,0 +1,110 @@
+"""A batch: what is redelivered, what is refused, and that the rest is booked in the log's order."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+
+import pytest
+
+from engine.booking import Batch, Known, Record
+from tests.bookkeeping import AT, Bookkeeping, cash, fill, opening, record
+from tests.oracle import MICRO
+
+
+def test_golden_vector_7_the_same_event_twice_has_one_effect() -> None:
+    kept = Bookkeeping()
+    deposit = cash("p-1", "DEPOSIT", "100", "d")
+    (within,) = kept.send(opening("p-1"), deposit, deposit)
+    (across,) = kept.send(deposit)
+    assert (within.duplicates, across.duplicates, len(across.entries)) == (1, 1, 0)
+    assert kept.mark("p-1").cash == 100 * MICRO
+    kept.check()
+
+
+def test_the_same_id_with_other_content_is_a_dead_letter_in_and_across_batches() -> None:
+    kept = Bookkeeping()
+    first, other = cash("p-1", "DEPOSIT", "100", "d"), cash("p-1", "DEPOSIT", "101", "d")
+    (within,) = kept.send(opening("p-1"), first, other)
+    (across,) = kept.send(other)
+    assert [letter.code for letter in within.dead_letters + across.dead_letters] == ["EVENT_ID_REUSED"] * 2
+    kept.check()
+
+
+def test_an_event_refused_once_may_be_booked_when_its_portfolio_is_open() -> None:
+    kept = Bookkeeping()
+    deposit = cash("p-1", "DEPOSIT", "100", "d")
+    (refused,) = kept.send(deposit)
+    assert [letter.code for letter in refused.dead_letters] == ["UNKNOWN_PORTFOLIO"]
+    kept.send(opening("p-1"), deposit)
+    assert kept.mark("p-1").cash == 100 * MICRO
+
+
+def test_a_bad_record_leaves_the_batch_around_it_as_it_is() -> None:
+    kept = Bookkeeping()
+    records = [
+        record(opening("p-1"), 0),
+        Record(1, b"p-1", None),
+        record(b"{", 2, "p-1"),
+        record(cash("p-1", "DEPOSIT", "1", "d1"), 3, key="p-2"),
+        Record(4, None, json.dumps(cash("p-1", "DEPOSIT", "1", "d2")).encode()),
+        record({**cash("p-1", "DEPOSIT", "1", "d3"), "currency": "EUR"}, 5),
+        record(opening("p-1", "again"), 6),
+        record(cash("p-1", "DEPOSIT", "1", "d4"), 7),
+    ]
+    outcome = kept.send_records(0, records)
+    assert {letter.record.offset: letter.code for letter in outcome.dead_letters} == {
+        1: "EMPTY",
+        2: "MALFORMED",
+        3: "WRONG_KEY",
+        4: "WRONG_KEY",
+        5: "WRONG_CURRENCY",
+        6: "ALREADY_OPEN",
+    }
+    assert [(entry.sequence, entry.event_id) for entry in outcome.entries] == [(1, "open-p-1"), (2, "d4")]
+
+
+def test_a_portfolio_of_another_shard_is_refused() -> None:
+    batch = Batch(1, [record(opening("p-1"))], Bookkeeping().book, AT)
+    outcome = batch.book(Known({}, {}, {"p-1": 0}, frozenset()))
+    assert [letter.code for letter in outcome.dead_letters] == ["WRONG_PARTITION"]
+    assert (outcome.entries, outcome.portfolios) == ([], {})
+
+
+@pytest.mark.parametrize("price", [None, "120"])
+def test_a_flows_nav_before_includes_the_events_before_it_in_the_batch(price: str | None) -> None:
+    kept = Bookkeeping()
+    kept.send(opening("p-1"), cash("p-1", "DEPOSIT", "10000", "d1"), fill("p-1", "BUY", "10", "100", "b1"))
+    if price:
+        kept.tick("AAPL", price)
+    (outcome,) = kept.send(
+        fill("p-1", "SELL", "5", "130", "s", fee="2"),
+        cash("p-1", "DEPOSIT", "1", "d2"),
+        cash("p-1", "FEE", "3", "f"),
+        cash("p-1", "WITHDRAWAL", "1", "w"),
+    )
+    # 10,000 − 1,000 + 650 − 2 and five left, at cost 100 or at 120.
+    nav = 9_648 + 5 * int(price or "100")
+    assert [entry.nav_before for entry in outcome.entries] == [None, nav * MICRO, None, (nav - 2) * MICRO]
+    kept.check()
+
+
+def test_unheard_of_symbols_are_named_once() -> None:
+    kept = Bookkeeping()
+    batch = Batch(
+        0,
+        [record(opening("p-1")), record(fill("p-1", "BUY", "1", "1", "a")), record(fill("p-1", "BUY", "1", "1", "b"))],
+        kept.book,
+        AT,
+    )
+    assert batch.symbols == {"AAPL"}
+    assert batch.book(Known({}, {}, {}, frozenset())).unclassified == {"AAPL"}
+
+
+def test_entries_carry_the_figures_of_their_event() -> None:
+    kept = Bookkeeping()
+    (outcome,) = kept.send(opening("p-1"), fill("p-1", "SELL", "2", "3.5", "s", fee="0.25"))
+    entry = outcome.entries[1]
+    assert (entry.amount, entry.fee, entry.cash_after) == (7 * MICRO, MICRO // 4, 6_750_000)
+    assert (entry.quantity, entry.price, entry.side) == (Decimal(2), Decimal("3.5"), "SELL")
+    assert (entry.effective_at, entry.recorded_at) == (AT, AT)
