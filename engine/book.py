@@ -18,9 +18,8 @@ Exactness. `value_new` equals engine.amounts.value_micro for every quantity and 
 * Otherwise each x whose distance to a half is within that error, or |x| ≥ 2⁴⁹, is computed again in Decimal: the
   float64 of at most 15 digits gives its decimal back (`repr`). With ordinary amounts that is one in 10⁵.
 
-A price at which a holder's value leaves ±AMOUNT_MAX_MICRO is refused with AmountError and changes nothing.
-
-A position that never had a price is carried at its cost; its portfolio's quality is MISSING. Not thread-safe.
+A position that never had a price is carried at its cost, its portfolio's quality is MISSING; one whose value would
+leave ±AMOUNT_MAX_MICRO is carried at its cost too, and nobody else's price waits for it. Not thread-safe.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from decimal import Decimal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.amounts import AMOUNT_MAX_MICRO, MICRO, MICRO_DIGITS, decimals_of, value_micro
+from engine.amounts import MICRO, MICRO_DIGITS, decimals_of
 from engine.marks import MARK, RATIO_SCALE, UNKNOWN, MarkArray, MarkQuality
 from engine.pnl import DayBase
 from engine.positions import carried_value
@@ -127,22 +126,18 @@ class _Column:
             new[: self.count] = old[: self.count]
             setattr(self, name, new)
 
-    def values_at(self, price: Decimal, rows: slice) -> Int64s:
-        """round(quantity × price × 10⁶) of the rows, exact. Raises AmountError TOO_LARGE."""
+    def values_at(self, price: Decimal) -> Int64s:
+        """round(quantity × price × 10⁶) of all rows, exact; the cost of those beyond the range."""
         scale = float(price) * MICRO_SCALE
-        if self.quantity_max * scale >= AMOUNT_MAX_MICRO:
-            # The bound may be that of a holder long gone: the largest present one decides, exactly.
-            self.quantity_max = float(np.abs(self.quantity[: self.count]).max(initial=0))
-            value_micro(Decimal(repr(self.quantity_max)), price)
-        quantity = self.quantity[rows]
+        quantity = self.quantity[: self.count]
         product = quantity * scale
         rounded = np.rint(product)
-        values = rounded.astype(np.int64)
-        whole = self.decimals_max + decimals_of(price) <= MICRO_DIGITS
-        if not (whole and self.quantity_max * scale < EXACT_PRODUCT_MAX):
-            doubtful = np.abs(product - rounded) >= HALF - np.abs(product) * PRODUCT_ERROR
-            for at in np.flatnonzero(doubtful).tolist():
-                values[at] = value_micro(Decimal(repr(float(quantity[at]))), price)
+        if self.decimals_max + decimals_of(price) <= MICRO_DIGITS and self.quantity_max * scale < EXACT_PRODUCT_MAX:
+            return rounded.astype(np.int64)
+        doubtful = np.abs(product - rounded) >= HALF - np.abs(product) * PRODUCT_ERROR
+        values = np.where(doubtful, 0, rounded).astype(np.int64)
+        for row in np.flatnonzero(doubtful).tolist():
+            values[row] = carried_value(Decimal(repr(float(quantity[row]))), int(self.cost[row]), price)
         return values
 
 
@@ -366,17 +361,14 @@ class Book:
     # -- prices ----------------------------------------------------------------------------------------------
 
     def tick(self, symbol: str, price: Decimal, ts_event_ns: int) -> int:
-        """Re-value the asset's holders at `price` (a checked number > 0); returns how many positions it touched.
-
-        Raises AmountError TOO_LARGE and changes nothing when a value would leave the exact range.
-        """
+        """Re-value the asset's holders at `price` (a checked number > 0); returns how many positions it touched."""
         column = self._columns.get(symbol)
         if column is None:
             column = self._columns[symbol] = _Column(symbol)
         count = column.count
         holder = column.holder[:count]
         if price != column.price and count:
-            values = column.values_at(price, slice(0, count))
+            values = column.values_at(price)
             # A portfolio holds an asset once, so no slot repeats within a column and += adds every change.
             self.positions_value[holder] += values - column.value[:count]
             column.value[:count] = values

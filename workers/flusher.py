@@ -89,16 +89,18 @@ class Flusher:
     async def take(self, lease: Lease) -> OwnedShard:
         """Load a shard into the Book, in place of what it held of it. Raises Fenced; AWAY errors of the ledger."""
         book = self._host.book
-        cut_at_ns = self._day_cut_at_ns()
-        loaded = await self._host.shards.load(lease, to_datetime(cut_at_ns))
+        self._cut_when_due(self._day_cut_at_ns())
+        loaded = await self._host.shards.load(lease, to_datetime(book.day_cut_at_ns))
+        if loaded.cut_at is not None and to_ns(loaded.cut_at) > book.day_cut_at_ns:
+            # Its former owner's clock was ahead of ours over a cut: the day never goes back.
+            self._cut_when_due(to_ns(loaded.cut_at))
+            loaded = await self._host.shards.load(lease, to_datetime(book.day_cut_at_ns))
         book.drop_shard(lease.shard)
         for start in range(0, len(loaded.portfolios), PORTFOLIOS_PER_STEP_MAX):
             for portfolio in loaded.portfolios[start : start + PORTFOLIOS_PER_STEP_MAX]:
                 self._open(lease.shard, portfolio)
             await asyncio.sleep(0)
         owned = OwnedShard(lease, loaded.next_offset, loaded=loaded.portfolios)
-        if not book.day_cut_at_ns:
-            book.begin_day(cut_at_ns)
         if loaded.cut_at is None or to_ns(loaded.cut_at) != book.day_cut_at_ns:
             self._cut_shard(owned, book.day_cut_at_ns)
         return owned
@@ -211,7 +213,7 @@ class Flusher:
 
     async def flush(self) -> None:
         """Apply what waits, then write and publish what changed."""
-        self._cut_when_due()
+        self._cut_when_due(self._day_cut_at_ns())
         oldest_event_ns = self._apply(self._host.quotes.take())
         self._flag_stale()
         changed = self._host.book.changed()
@@ -290,9 +292,10 @@ class Flusher:
         """The last 00:00 UTC."""
         return self._clock.now_ns() // DAY_NS * DAY_NS
 
-    def _cut_when_due(self) -> None:
-        book, cut_at_ns = self._host.book, self._day_cut_at_ns()
-        if not book.day_cut_at_ns or cut_at_ns <= book.day_cut_at_ns:
+    def _cut_when_due(self, cut_at_ns: int) -> None:
+        """Begin the day of `cut_at_ns` unless it, or a later one, has begun."""
+        book = self._host.book
+        if cut_at_ns <= book.day_cut_at_ns:
             return
         self._apply(self._host.quotes.take(before_ns=cut_at_ns))
         book.begin_day(cut_at_ns)

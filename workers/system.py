@@ -29,7 +29,7 @@ import msgspec
 import structlog
 from pydantic import SecretStr
 
-from engine.runtime.clock import SECOND_NS
+from engine.runtime.clock import SECOND_NS, make_clock, to_datetime
 from engine.runtime.connections import connect_postgres
 from engine.runtime.embedded import EmbeddedError, start_embedded
 from engine.runtime.embedded_start import free_port
@@ -123,10 +123,25 @@ def _plan_clock(settings: Settings, options: SystemOptions) -> Settings:
 
 async def _prepare(settings: Settings, options: SystemOptions) -> None:
     await upgrade(settings.postgres_url)
+    await _check_time(settings)
     beside = recording_of(options.feed).with_name("assets.csv") if recording_of(options.feed).name else None
     if beside is not None and beside.exists():
         await load_assets(settings, beside.read_text())
     await load_assets(settings)
+
+
+async def _check_time(settings: Settings) -> None:
+    """A ledger does not go back in time. Raises ValueError when it has seen days after the recording's first."""
+    pool = await connect_postgres(settings, "system")
+    try:
+        last_cut_at = await pool.fetchval("SELECT max(cut_at) FROM shard")
+    finally:
+        await pool.close()
+    now = to_datetime(make_clock(settings.market_clock).now_ns())
+    if last_cut_at is not None and last_cut_at > now:
+        raise ValueError(
+            f"this ledger has reached {last_cut_at:%Y-%m-%d}, the clock says {now:%Y-%m-%d}: use a new one"
+        )
 
 
 def recording_of(feed: str) -> Path:

@@ -33,8 +33,8 @@ from engine.stores import redis_keys
 TEMPLATE_CAPACITY_MIN = 64
 # A mark as opaque bytes: numpy copies those whole, a record it copies field by field.
 _PACKED = np.dtype((np.void, MARK.itemsize))
-# Bounds one script call, which blocks Redis while it runs (about 2 ms).
-PORTFOLIOS_PER_SCRIPT_MAX = 200
+# A script call ends with the portfolio that brings it to this many arguments: it blocks Redis for a few milliseconds.
+ARGUMENTS_PER_SCRIPT = 10_000
 
 # KEYS: pointer. ARGV: epoch, sequence, updated_at_ns, channel, frame.
 _PUBLISH = """
@@ -224,18 +224,18 @@ class HotStateWriter:
 
     async def write_positions(self, shard: int, epoch: int, changes: Sequence[PositionsChange]) -> bool:
         """Write positions and sectors of portfolios; False when a newer epoch owns the shard."""
-        for start in range(0, len(changes), PORTFOLIOS_PER_SCRIPT_MAX):
-            part = changes[start : start + PORTFOLIOS_PER_SCRIPT_MAX]
-            keys = [redis_keys.shard(shard)]
-            for change in part:
-                keys += (
-                    redis_keys.positions(shard, change.portfolio_id),
-                    redis_keys.sectors(shard, change.portfolio_id),
-                    redis_keys.sector_values(shard, change.portfolio_id),
-                )
-            arguments = [epoch, *(argument for change in part for argument in _arguments(change))]
-            if not await self._positions(keys=keys, args=arguments, client=self._redis):
-                return False
+        keys, arguments = [redis_keys.shard(shard)], [epoch]
+        for change in changes:
+            keys += (
+                redis_keys.positions(shard, change.portfolio_id),
+                redis_keys.sectors(shard, change.portfolio_id),
+                redis_keys.sector_values(shard, change.portfolio_id),
+            )
+            arguments += _arguments(change)
+            if len(arguments) >= ARGUMENTS_PER_SCRIPT or change is changes[-1]:
+                if not await self._positions(keys=keys, args=arguments, client=self._redis):
+                    return False
+                keys, arguments = [redis_keys.shard(shard)], [epoch]
         return True
 
 

@@ -94,6 +94,7 @@ class Shards:
         """Make a row for each of the topic's partitions. Raises ShardCountChanged."""
         async with self._engine.begin() as connection:
             await connection.execute(text("LOCK TABLE shard IN SHARE ROW EXCLUSIVE MODE"))
+            await connection.execute(text("DELETE FROM evaluator WHERE seen_at < now() - interval '1 hour'"))
             known = await connection.scalar(select(func.count()).select_from(shard))
             if known == count:
                 return

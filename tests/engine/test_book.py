@@ -249,20 +249,21 @@ def test_a_whole_product_is_exact_at_the_ends_of_the_range(price: str) -> None:
 # -- outside the range -----------------------------------------------------------------------------------------
 
 
-def test_the_largest_value_is_taken_and_one_micro_unit_more_is_refused() -> None:
+def test_the_largest_value_is_taken_and_beyond_it_the_position_is_carried_at_cost() -> None:
     largest = plain(Decimal(AMOUNT_MAX_MICRO - 1).scaleb(-6))  # 18 digits: no quantity, but a value
     assert largest == "576460752303.423487"
-    book = held("131071", "-131071")  # 2¹⁷ − 1
+    book = held("131071", "-131071", cost=17)  # 2¹⁷ − 1
     highest = Decimal(4398080)  # × 131071 = 576,460,743,680: just inside
     book.tick("AAPL", highest, 1)
     assert book.nav("p-0") == -book.nav("p-1") == 131071 * 4398080 * 10**6
-    with pytest.raises(AmountError):
-        book.tick("AAPL", highest + 1, 2)
-    assert (book.price("AAPL"), book.nav("p-0")) == (highest, 131071 * 4398080 * 10**6)
+    book.tick("AAPL", highest + 1, 2)
+    assert book.nav("p-0") == book.nav("p-1") == 17
+    book.tick("AAPL", highest, 3)
+    assert book.nav("p-0") == 131071 * 4398080 * 10**6
 
 
 @given(st.integers(-(2**12), 2**12), st.integers(1, 5))
-def test_at_the_limit_float_and_decimal_refuse_alike(distance: int, decimals: int) -> None:
+def test_at_the_limit_float_and_decimal_decide_alike(distance: int, decimals: int) -> None:
     """quantity × price steps over ±2⁵⁹ micro-units in steps far below the float's own."""
     quantity = Decimal(2) ** 19  # 524288
     price = (Decimal(2**59).scaleb(-6) / quantity).quantize(Decimal(1).scaleb(-decimals))
@@ -271,22 +272,17 @@ def test_at_the_limit_float_and_decimal_refuse_alike(distance: int, decimals: in
     try:
         expected = value_micro(quantity, price)
     except AmountError:
-        with pytest.raises(AmountError):
-            book.tick("AAPL", price, 1)
-        assert (book.price("AAPL"), book.nav("p-0")) == (None, 17)
-    else:
-        book.tick("AAPL", price, 1)
-        assert book.nav("p-0") == expected
+        expected = 17
+    book.tick("AAPL", price, 1)
+    assert book.nav("p-0") == expected
 
 
-def test_a_price_refused_for_a_holder_is_taken_once_that_holder_has_left() -> None:
-    book = held("400000000000", "10")
-    book.tick("AAPL", Decimal(1), 1)
-    with pytest.raises(AmountError):
-        book.tick("AAPL", Decimal(100), 2)
-    book.set_position("p-0", Holding("AAPL", Decimal(0), 0, 0))
-    book.tick("AAPL", Decimal(100), 3)
-    assert book.nav("p-1") == 1_000 * 10**6
+def test_one_absurd_position_delays_nobody_elses_price() -> None:
+    book = held("999999999999999", "10")
+    book.tick("AAPL", Decimal("0.0000001"), 1)
+    book.tick("AAPL", Decimal(190), 2)
+    assert (book.price("AAPL"), book.nav("p-1")) == (Decimal(190), 1_900 * 10**6)
+    assert dict(book.revalued()) == {"p-0": book.nav("p-0"), "p-1": 1_900 * 10**6}
 
 
 def test_a_position_beyond_the_range_at_the_present_price_is_carried_at_cost() -> None:

@@ -123,7 +123,7 @@ async def test_what_is_no_price_never_reaches_the_book_and_stops_nothing(system:
         await system.send(opening("p-1"), deposit("p-1", "5", "d1"), fill("p-1", "BUY", "2", "1", "b1"))
         first = await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 3)
         assert (first.nav, first.quality) == (5 * MICRO, MarkQuality.MISSING)
-        for price in ("NaN", "0", "-3", "Infinity", "x", "1e999999999", "1e14"):
+        for price in ("NaN", "0", "-3", "Infinity", "x", "1e999999999"):
             await system.quote("AAPL", price)
             await asyncio.sleep(0.06)  # three flushes, so that each would have had its effect
             assert (await system.mark("p-1")).nav == 5 * MICRO  # type: ignore[union-attr]
