@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.syntax import Syntax
 
 from engine.runtime.clock import Clock, make_clock
+from engine.runtime.connections import AWAY
 from engine.runtime.settings import ReadyFile, Settings, read_ready_file
 from engine.runtime.telemetry import start_telemetry
 
@@ -258,7 +259,10 @@ def reconcile(ready_file: Ready = None) -> None:
     from workers.reconciler import reconcile_once
 
     settings = settings_of(ready_file, "redis_url", "postgres_url")
-    report = asyncio.run(reconcile_once(settings))
+    try:
+        report = asyncio.run(reconcile_once(settings))
+    except AWAY as error:
+        fail(f"could not reconcile: {type(error).__name__}: {error}", 3)
     for difference in report.differences[:100]:
         console.print(
             f"{difference.portfolio_id} {difference.figure}: expected {difference.expected}, found {difference.found}",
@@ -291,7 +295,10 @@ def events(
     with Progress(*columns, console=errors) as progress, file.open("rb") as lines:
         task = progress.add_task("acknowledged", total=total)
         produce = produce_events(settings, lines, lambda count: progress.update(task, completed=count))
-        acknowledged = asyncio.run(produce)
+        try:
+            acknowledged = asyncio.run(produce)
+        except AWAY as error:
+            fail(f"could not produce: {type(error).__name__}: {error}", 3)
     console.print(f"{acknowledged} of {total} events acknowledged", highlight=False)
     raise typer.Exit(0 if acknowledged == total else 1)
 

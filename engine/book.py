@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.amounts import MICRO, MICRO_DIGITS, decimals_of
-from engine.marks import MARK, RATIO_SCALE, UNKNOWN, MarkArray, MarkQuality
-from engine.pnl import DayBase
+from engine.marks import MARK, MarkArray, MarkQuality
+from engine.pnl import DayBase, day_ratio_e12
 from engine.positions import carried_value
 
 Int64s = NDArray[np.int64]
@@ -46,7 +46,6 @@ HALF = 0.5
 EXACT_PRODUCT_MAX = float(2**49)
 PRODUCT_ERROR = float(2**-50)
 NAV_MAX_MICRO = 2**62  # twice this would wrap int64
-RATIO_MAX = 10**6 * RATIO_SCALE
 NO_SHARD = -1  # a free slot's
 COLUMN_CAPACITY_MIN = 8
 SLOTS_CAPACITY_MIN = 64
@@ -354,6 +353,13 @@ class Book:
             for column in (self._columns[symbol],)
         ]
 
+    def exposure(self, portfolio_id: str) -> tuple[int, int]:
+        """Σ |value| and Σ |cost| of the open positions, in micro-units."""
+        rows = self._rows[self._slot_of[portfolio_id]].items()
+        held = [(self._columns[symbol], row) for symbol, row in rows]
+        values = sum(abs(int(column.value[row])) for column, row in held)
+        return values, sum(abs(int(column.cost[row])) for column, row in held)
+
     def price(self, symbol: str) -> Decimal | None:
         column = self._columns.get(symbol)
         return column.price if column else None
@@ -441,7 +447,7 @@ class Book:
         rows["unrealized"] = held - cost
         rows["realized"], rows["fees"] = self.realized[slots], self.fees[slots]
         rows["day_pnl"] = nav - self.day_base[slots]
-        rows["day_pnl_ratio_e12"] = _day_ratio(nav, self.day_factor[slots], self.segment_base[slots])
+        rows["day_pnl_ratio_e12"] = day_ratio_e12(nav, self.day_factor[slots], self.segment_base[slots])
         rows["day_cut_at_ns"], rows["as_of_ns"], rows["sequence"] = self._day_cut_at_ns, as_of_ns, sequence
         rows["ledger_sequence"] = self.ledger_sequence[slots]
         rows["quality"] = np.where(
@@ -464,15 +470,6 @@ class Book:
             for holder, quantity, cost in zip(*arrays, strict=True):
                 totals[holder] += carried_value(Decimal(repr(quantity)), cost, column.price)
         return ((self._id_of[slot], total) for slot, total in totals.items())
-
-
-def _day_ratio(nav: Int64s, factor: Float64s, segment_base: Int64s) -> Int64s:
-    """Time-weighted return since the cut × 10¹²; UNKNOWN where it is undefined or beyond ±10⁶."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        running = np.where(segment_base > 0, nav / segment_base, np.where(segment_base == 0, 1, np.nan))
-        ratio = (factor * running - 1) * RATIO_SCALE
-    known = np.isfinite(ratio) & (np.abs(ratio) < RATIO_MAX)
-    return np.where(known, np.rint(np.where(known, ratio, 0)), 0).astype(np.int64) + np.where(known, 0, UNKNOWN)
 
 
 _SLOT_FIELDS: tuple[tuple[str, type[np.generic]], ...] = (

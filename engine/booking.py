@@ -4,6 +4,9 @@ Pure: what the records refer to (entries with their ids, portfolios, known asset
 in. An event has its effect once: the same id with the same content is a duplicate and counted, the same id with
 other content is a dead letter, as is whatever breaks a rule; the batch goes on behind it.
 
+A fill after which the portfolio's gross value or gross cost, or the position's day base, would leave the exact range
+is refused, so that no figure derived from them can wrap.
+
 `nav_before` of an external flow is the NAV at the evaluator's present prices, moved on within the batch by what
 each event does to cash and value.
 """
@@ -16,6 +19,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Protocol
 
+from engine.amounts import check_amount
 from engine.ledger import LedgerEntry
 from engine.messages import EventRejected, FillEvent, OpenEvent, PortfolioEvent, content_hash, decode_event
 from engine.portfolio import Portfolio, Position
@@ -58,6 +62,24 @@ class Marks(Protocol):
 
     def price(self, symbol: str) -> Decimal | None: ...
 
+    def exposure(self, portfolio_id: str) -> tuple[int, int]:
+        """Σ |value| and Σ |cost| of the open positions."""
+
+    def position_day_base(self, portfolio_id: str, symbol: str) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Exposure:
+    """Σ |value| and Σ |cost| of a portfolio within the batch, and its signed notionals of the batch per symbol.
+
+    `known` says that the evaluator held the portfolio before the batch.
+    """
+
+    value: int
+    cost: int
+    traded: Mapping[str, int]
+    known: bool
+
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -79,6 +101,7 @@ class Batch:
         self._events: list[tuple[Record, PortfolioEvent]] = []
         self._outcome = Booked()
         self._nav: dict[str, int] = {}
+        self._exposure: dict[str, _Exposure] = {}
         for record in records:
             try:
                 event = decode_event(record.value)
@@ -122,14 +145,11 @@ class Batch:
         outcome, portfolio_id = self._outcome, event.portfolio_id
         held = self._portfolio(event, known)
         nav_before = self._nav_of(held)
-        before = held.positions.get(event.symbol) if isinstance(event, FillEvent) else None
-        entry = held.book(event, self._recorded_at, nav_before)
-        change = entry.amount - entry.fee
+        entry, value_change = self._enter(held, event, nav_before)
+        change = entry.amount - entry.fee + value_change
         touched = outcome.touched.setdefault(portfolio_id, set())
         if isinstance(event, FillEvent):
             touched.add(event.symbol)
-            price = self._marks.price(event.symbol)
-            change += _worth(held.positions.get(event.symbol), price) - _worth(before, price)
             if event.symbol not in known.classified:
                 outcome.unclassified.add(event.symbol)
         elif isinstance(event, OpenEvent):
@@ -138,6 +158,38 @@ class Batch:
         self._nav[portfolio_id] = nav_before + change
         outcome.entries.append(entry)
         return entry
+
+    def _enter(self, held: Portfolio, event: PortfolioEvent, nav_before: int) -> tuple[LedgerEntry, int]:
+        """Book one event; the entry, and what it does to the value of the positions at present prices."""
+        if not isinstance(event, FillEvent):
+            return held.book(event, self._recorded_at, nav_before), 0
+        symbol, price = event.symbol, self._marks.price(event.symbol)
+        before, exposure = held.positions.get(symbol), self._exposure_of(held)
+        value_before = _worth(before, price)
+        after = exposure
+
+        def admit(entry: LedgerEntry, position: Position | None) -> None:
+            nonlocal after
+            value = exposure.value + abs(_worth(position, price)) - abs(value_before)
+            cost = exposure.cost + _gross_cost(position) - _gross_cost(before)
+            traded = exposure.traded.get(symbol, 0) - entry.amount
+            check_amount(value, "the portfolio's gross value")
+            check_amount(cost, "the portfolio's gross cost")
+            day_base = self._marks.position_day_base(held.portfolio_id, symbol) if exposure.known else 0
+            check_amount(day_base + traded, "the position's day base")
+            after = _Exposure(value, cost, {**exposure.traded, symbol: traded}, exposure.known)
+
+        entry = held.book(event, self._recorded_at, nav_before, admit)
+        self._exposure[held.portfolio_id] = after
+        return entry, _worth(held.positions.get(symbol), price) - value_before
+
+    def _exposure_of(self, held: Portfolio) -> _Exposure:
+        known = self._exposure.get(held.portfolio_id)
+        if known is None:
+            opened_here = held.portfolio_id in self._outcome.opened
+            value, cost = (0, 0) if opened_here else self._marks.exposure(held.portfolio_id)
+            known = _Exposure(value, cost, {}, not opened_here)
+        return known
 
     def _portfolio(self, event: PortfolioEvent, known: Known) -> Portfolio:
         if known.shards.get(event.portfolio_id, self._shard) != self._shard:
@@ -168,3 +220,7 @@ def _check_key(record: Record, event: PortfolioEvent) -> None:
 def _worth(held: Position | None, price: Decimal | None) -> int:
     """What the position will count for in the Book."""
     return carried_value(held.quantity, held.cost, price) if held else 0
+
+
+def _gross_cost(held: Position | None) -> int:
+    return abs(held.cost) if held else 0

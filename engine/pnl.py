@@ -4,14 +4,24 @@
     ratio    = Π (NAV just before flow k / NAV just after flow k−1) × (NAV / NAV just after the last flow) − 1
 
 the time-weighted return since the cut. Its first sub-period starts at the cut. A sub-period that starts at NAV 0
-has no return and does not count (a portfolio opened today begins with its first deposit); one that starts below 0
-makes the ratio unknown until the next cut.
+does not count when it also ends there (a portfolio opened today begins with its first deposit); one that starts at
+0 and moves, or starts below 0, has no return and makes the ratio unknown until the next cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.marks import RATIO_SCALE, UNKNOWN
+
+Int64s = NDArray[np.int64]
+Float64s = NDArray[np.float64]
+
+RATIO_MAX = 10**6 * RATIO_SCALE
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +38,7 @@ class DayBase:
     def after_flow(self, nav_before: int, amount: int) -> DayBase:
         """The base once an external flow of `amount` has come in at NAV `nav_before`."""
         factor = self.factor
-        if self.segment_base < 0:
+        if self.segment_base < 0 or (self.segment_base == 0 and nav_before):
             factor = None
         elif factor is not None and self.segment_base > 0:
             factor *= nav_before / self.segment_base
@@ -41,3 +51,13 @@ def day_base_since(cut_nav: int, flows: Iterable[tuple[int, int]]) -> DayBase:
     for nav_before, amount in flows:
         base = base.after_flow(nav_before, amount)
     return base
+
+
+def day_ratio_e12(nav: Int64s, factor: Float64s, segment_base: Int64s) -> Int64s:
+    """The ratio of many portfolios × 10¹²; UNKNOWN where it is undefined (factor NaN) or beyond ±10⁶."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        empty = (segment_base == 0) & (nav == 0)
+        running = np.where(segment_base > 0, nav / segment_base, np.where(empty, 1, np.nan))
+        ratio = (factor * running - 1) * RATIO_SCALE
+    known = np.isfinite(ratio) & (np.abs(ratio) < RATIO_MAX)
+    return np.where(known, np.rint(np.where(known, ratio, 0)), 0).astype(np.int64) + np.where(known, 0, UNKNOWN)

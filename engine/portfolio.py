@@ -17,7 +17,7 @@ Every ledger entry is booked here before it is written, and folded here again by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -50,6 +50,9 @@ class Position:
     opened_at: datetime
 
 
+Admission = Callable[[LedgerEntry, Position | None], None]
+
+
 @dataclass(slots=True)
 class Portfolio:
     """Folded state; amounts in micro-units. `flows` and `income` are signed sums since the opening."""
@@ -64,18 +67,23 @@ class Portfolio:
     ledger_sequence: int = 0
     positions: dict[str, Position] = field(default_factory=dict)
 
-    def book(self, event: PortfolioEvent, recorded_at: datetime, nav_before: int) -> LedgerEntry:
+    def book(
+        self, event: PortfolioEvent, recorded_at: datetime, nav_before: int, admit: Admission | None = None
+    ) -> LedgerEntry:
         """Book an event: change this state and return the entry to write.
 
-        `nav_before` is the NAV just before, kept on external flows. Raises EventRejected and changes nothing when
-        the event breaks a rule of this portfolio (ALREADY_OPEN, WRONG_CURRENCY, or out of the exact range).
+        `nav_before` is the NAV just before, kept on external flows. `admit` is shown a fill's entry and the position
+        after it before anything changes, and raises AmountError to refuse it.
+
+        Raises EventRejected and changes nothing when the event breaks a rule of this portfolio (ALREADY_OPEN,
+        WRONG_CURRENCY, or out of the exact range).
         """
         self._check_currency(event)
         entry = _draft(event, recorded_at, self.ledger_sequence + 1)
         if entry.kind in EXTERNAL_FLOWS:
             entry = replace(entry, nav_before=nav_before)
         try:
-            return self._apply(entry)
+            return self._apply(entry, admit)
         except AmountError as error:
             raise EventRejected(error.code, str(error)) from None
 
@@ -102,12 +110,14 @@ class Portfolio:
         elif event.currency != self.base_currency:
             raise EventRejected("WRONG_CURRENCY", f"{event.currency} in a {self.base_currency} portfolio")
 
-    def _apply(self, entry: LedgerEntry) -> LedgerEntry:
+    def _apply(self, entry: LedgerEntry, admit: Admission | None = None) -> LedgerEntry:
         """Compute all before changing anything, so that a refusal leaves the state as it was."""
         cash = check_amount(self.cash + entry.amount - entry.fee, "cash")
         realized, position = 0, None
         if entry.kind is LedgerKind.FILL:
             realized, position = self._fill(entry)
+            if admit is not None:
+                admit(entry, position)
         total_realized = check_amount(self.realized + realized, "realized")
         paid = entry.fee - (entry.amount if entry.kind is LedgerKind.FEE else 0)
         fees = check_amount(self.fees + paid, "fees")
@@ -234,4 +244,5 @@ def _draft(event: PortfolioEvent, recorded_at: datetime, sequence: int) -> Ledge
 def _checked(position: Position) -> Position:
     check_number(position.quantity, "position quantity")
     check_amount(position.cost, "position cost")
+    check_amount(position.realized, "position realized")
     return position

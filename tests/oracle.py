@@ -160,6 +160,12 @@ class Portfolio:
             rest = quantity - closed
             self.add(symbol, sign * rest, sign * (notional - closing), sign * rest * price * MICRO)
 
+    def limit(self, symbol: str, prices: dict[str, Fraction]) -> None:
+        """After a fill: gross value, gross cost and the position's day base stay within the range."""
+        limited(sum(abs(self.value(name, prices)) for name in self.positions))
+        limited(sum(abs(held.cost) for held in self.positions.values()))
+        limited(self.day.values.get(symbol, 0) + self.day.traded.get(symbol, 0))
+
     def add(self, symbol: str, quantity: Fraction, cost: int, cost_exact: Fraction) -> None:
         held = self.positions.setdefault(symbol, Position(Fraction(0), 0, 0, Fraction(0)))
         held.quantity += quantity
@@ -176,7 +182,7 @@ class Portfolio:
         gain = direction * (proceeds - released)
         self.realized = limited(self.realized + gain)
         self.realized_exact += direction * (proceeds_exact - released_exact)
-        held.realized += gain
+        held.realized = limited(held.realized + gain)
         held.cost -= direction * released
         held.cost_exact -= direction * released_exact
         held.quantity -= direction * closed
@@ -222,7 +228,7 @@ class Portfolio:
         product, start = Fraction(1), self.day.nav
         ends = [*self.day.flows, (self.figures(prices).nav, 0)]
         for nav_before, amount in ends:
-            if start < 0:
+            if start < 0 or (start == 0 and nav_before != 0):
                 return None
             if start > 0:
                 product *= Fraction(nav_before, start)
@@ -302,6 +308,7 @@ class Oracle:
                 return "NOT_POSITIVE"
             sign = {"BUY": 1, "SELL": -1}[event["side"]]
             after.fill(event["symbol"], sign, quantity, price, micro(event.get("fee", "0")))
+            after.limit(event["symbol"], self.prices)
         after.entries += 1
         self.portfolios[name] = after
         return ""

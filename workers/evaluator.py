@@ -18,7 +18,6 @@ import socket
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from decimal import Decimal
 from functools import partial
 
 import structlog
@@ -34,7 +33,7 @@ from engine.runtime.clock import Clock, to_datetime
 from engine.runtime.connections import AWAY, Outage, connect_redis, make_engine, make_producer, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores.hot_state_redis import HotStateWriter
-from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter
+from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter, OffsetMoved
 from engine.stores.shards_postgres import Shards
 from workers.flusher import Flusher, OwnedShard
 from workers.lifecycle import run_together
@@ -271,15 +270,18 @@ class Evaluator:
         try:
             with telemetry.BOOKING_TIME.time():
                 booked = await self._ledger.book(
-                    shard.lease, records, self, self._now(), partial(self._bury, shard.lease)
+                    shard.lease, records, shard.next_offset, self.book, self._now(), partial(self._bury, shard.lease)
                 )
         except Fenced as error:
             self.lose(shard.lease.shard, str(error))
             return
+        except OffsetMoved as error:
+            _log.error("ledger_moved", reason=str(error))
+            self._load_again(shard)
+            return
         except AWAY:
             # The commit may have happened without its answer: only the ledger knows, so the shard is read again.
-            if shard.lease not in self._claims:
-                self._claims.append(shard.lease)
+            self._load_again(shard)
             raise
         shard.next_offset = records[-1].offset + 1
         telemetry.EVENTS.labels("booked").inc(len(booked.entries))
@@ -296,6 +298,10 @@ class Evaluator:
             await self.flusher.write_positions(shard, changes)
         finally:
             shard.posting = False
+
+    def _load_again(self, shard: OwnedShard) -> None:
+        if shard.lease not in self._claims:
+            self._claims.append(shard.lease)
 
     async def _bury(self, lease: Lease, letters: Sequence[DeadLetter]) -> None:
         for letter in letters:
@@ -324,14 +330,6 @@ class Evaluator:
 
     def _now(self) -> datetime:
         return to_datetime(self._clock.now_ns())
-
-    # -- engine.booking.Marks --------------------------------------------------------------------------------
-
-    def nav(self, portfolio_id: str) -> int:
-        return self.book.nav(portfolio_id)
-
-    def price(self, symbol: str) -> Decimal | None:
-        return self.book.price(symbol)
 
 
 async def run_evaluator(settings: Settings, clock: Clock, stop: asyncio.Event) -> None:

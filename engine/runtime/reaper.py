@@ -165,6 +165,12 @@ class ChildProcesses:
             return False
         return True
 
+    def ended_servers(self) -> list[str]:
+        """The roles of servers that have exited although nobody stopped them."""
+        with self._lock:
+            servers = [child for child in self._children if child.tier is Tier.SERVER]
+        return [child.role for child in servers if self.has_exited(child.process)]
+
     def forget(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for a child and drop it; its pid may be reused from here on."""
         _wait_for(process, None)

@@ -51,6 +51,10 @@ class _Worker:
     restart_count: int = 0
 
 
+class ServerEnded(RuntimeError):
+    """An embedded server has ended: its data or its address are gone, so the system can not go on."""
+
+
 class Supervisor:
     """Not for use from several threads: `add`, `tick` and `run_until_signal` belong to one."""
 
@@ -99,7 +103,10 @@ class Supervisor:
                 self._restart(worker, now_s)
 
     def run_until_signal(self) -> signal.Signals:
-        """Supervise until SIGINT or SIGTERM arrives, and return it. Must be called in the main thread."""
+        """Supervise until SIGINT or SIGTERM arrives, and return it. Must be called in the main thread.
+
+        Raises ServerEnded when a server that this process started has ended.
+        """
         with _stop_signals() as readable:
             while True:
                 ready, _, _ = select.select([readable], [], [], POLL_INTERVAL_S)
@@ -107,6 +114,10 @@ class Supervisor:
                     received = signal.Signals(os.read(readable, 1)[0])
                     log.info("stopping", signal=received.name)
                     return received
+                if ended := self._children.ended_servers():
+                    raise ServerEnded(
+                        f"the embedded {' and '.join(ended)} has ended; navstream ends too, start it again"
+                    )
                 self.tick(time.monotonic())
 
     def _note_exit(self, worker: _Worker, process: subprocess.Popen[bytes], now_s: float) -> None:

@@ -37,6 +37,10 @@ class Fenced(Exception):
     """The shard has a newer epoch: this evaluator no longer owns it and must let go."""
 
 
+class OffsetMoved(Exception):
+    """The ledger is not where its owner left it (it was restored, or lost its last commits): load the shard anew."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """What an owner shows to write: its shard, the epoch it took it under, and the log it reads."""
@@ -54,17 +58,19 @@ class LedgerWriter:
         self,
         lease: Lease,
         records: Sequence[Record],
+        next_offset: int,
         marks: Marks,
         recorded_at: datetime,
         bury: Callable[[Sequence[DeadLetter]], Awaitable[None]],
     ) -> Booked:
         """Book `records` (ascending offsets of one partition) and commit; dead letters go through `bury` first.
 
-        Raises Fenced; sqlalchemy.exc.DBAPIError or OSError when the database is not there (nothing happened).
+        `next_offset` is where the caller believes the ledger to be. Raises Fenced; OffsetMoved;
+        sqlalchemy.exc.DBAPIError or OSError when the database is not there (nothing happened).
         """
         batch = Batch(lease.shard, records, marks, recorded_at)
         async with self._engine.begin() as connection:
-            await _move_offset(connection, lease, records[-1].offset + 1)
+            await _move_offset(connection, lease, next_offset, records[-1].offset + 1)
             outcome = batch.book(await _known(connection, batch))
             await _write(connection, lease.shard, outcome)
             if outcome.dead_letters:
@@ -95,14 +101,14 @@ def _among(column: ColumnElement[str], values: set[str]) -> ColumnElement[bool]:
     return column == any_(literal(sorted(values), ARRAY(Text)))
 
 
-async def _move_offset(connection: AsyncConnection, lease: Lease, next_offset: int) -> None:
-    moved = await connection.execute(
-        update(shard)
-        .where(shard.c.id == lease.shard, shard.c.epoch == lease.epoch, shard.c.log_id == lease.log_id)
-        .values(next_offset=next_offset)
-    )
-    if not moved.rowcount:
+async def _move_offset(connection: AsyncConnection, lease: Lease, from_offset: int, to_offset: int) -> None:
+    mine = (shard.c.id == lease.shard) & (shard.c.epoch == lease.epoch) & (shard.c.log_id == lease.log_id)
+    at = await connection.scalar(select(shard.c.next_offset).where(mine).with_for_update())
+    if at is None:
         raise Fenced(f"shard {lease.shard} has left epoch {lease.epoch}")
+    if at != from_offset:
+        raise OffsetMoved(f"shard {lease.shard} is at offset {at}, not {from_offset}")
+    await connection.execute(update(shard).where(mine).values(next_offset=to_offset))
 
 
 async def _write(connection: AsyncConnection, shard_id: int, outcome: Booked) -> None:

@@ -108,3 +108,43 @@ def test_entries_carry_the_figures_of_their_event() -> None:
     assert (entry.amount, entry.fee, entry.cash_after) == (7 * MICRO, MICRO // 4, 6_750_000)
     assert (entry.quantity, entry.price, entry.side) == (Decimal(2), Decimal("3.5"), "SELL")
     assert (entry.effective_at, entry.recorded_at) == (AT, AT)
+
+
+# -- sums stay within the exact range ---------------------------------------------------------------------------
+
+
+def opened(*symbols_at: tuple[str, str]) -> Bookkeeping:
+    kept = Bookkeeping()
+    kept.send(opening("p-1"), cash("p-1", "DEPOSIT", "1000000", "deposit"))
+    for symbol, price in symbols_at:
+        kept.tick(symbol, price)
+    return kept
+
+
+def test_fills_far_below_the_market_can_not_pile_up_value_beyond_the_range() -> None:
+    """Each position alone is within it; together they would wrap int64."""
+    kept = opened(("AAPL", "500"), ("MSFT", "500"))
+    first = kept.send(fill("p-1", "BUY", "1150000000", "0.000001", "a", symbol="AAPL"))
+    second = kept.send(fill("p-1", "BUY", "1150000000", "0.000001", "m", symbol="MSFT"))
+    assert [len(outcome.entries) for outcome in first + second] == [1, 0]
+    assert [letter.code for letter in second[0].dead_letters] == ["TOO_LARGE"]
+    kept.check()
+
+
+def test_a_day_of_huge_round_trips_can_not_pile_up_a_day_base_beyond_the_range() -> None:
+    kept = opened()
+    for turn in range(3):
+        kept.send(fill("p-1", "BUY", "1000", "570000000", f"a{turn}", symbol="AAPL"))
+        kept.send(fill("p-1", "SELL", "1000", "0.001", f"b{turn}", symbol="AAPL"))
+        kept.send(fill("p-1", "SELL", "1000", "570000000", f"c{turn}", symbol="MSFT"))
+        kept.send(fill("p-1", "BUY", "1000", "0.001", f"d{turn}", symbol="MSFT"))
+        kept.check()
+    assert abs(kept.book.position_day_base("p-1", "AAPL")) < 2**59
+
+
+def test_a_long_and_a_short_can_not_pile_up_cost_beyond_the_range() -> None:
+    kept = opened()
+    kept.send(fill("p-1", "BUY", "1000", "570000000", "a", symbol="AAPL"))
+    refused = kept.send(fill("p-1", "SELL", "1000", "570000000", "b", symbol="MSFT"))
+    assert [letter.code for letter in refused[0].dead_letters] == ["TOO_LARGE"]
+    kept.check()

@@ -169,6 +169,15 @@ def kept_directory() -> Iterator[Path]:
         yield path / "data"
 
 
+@pytest.mark.parametrize("server", ["valkey", "postgres", "broker"])
+def test_an_embedded_server_that_ends_takes_the_system_with_it_and_says_so(tmp_path: Path, server: str) -> None:
+    with system(tmp_path, "up") as (process, ready):
+        os.kill(ready.pids[server], signal.SIGKILL)
+        assert process.wait(END_TIMEOUT_S) == 2
+        assert f"the embedded {server} has ended" in (tmp_path / "log").read_text()
+        wait_until(lambda: all_gone(ready.pids), 15)
+
+
 def test_a_kept_directory_goes_on_where_it_stopped(tmp_path: Path, kept_directory: Path, one_event_file: Path) -> None:
     keep = ("up", "--data-dir", str(kept_directory))
     with system(tmp_path, *keep) as (process, ready):

@@ -16,7 +16,7 @@ from engine.booking import Booked, DeadLetter, Record
 from engine.messages import content_hash, decode_event
 from engine.runtime.connections import AWAY, make_engine, postgres_dsn
 from engine.runtime.settings import Settings
-from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter
+from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter, OffsetMoved
 from engine.stores.ledger_reads import LedgerReads
 from engine.stores.shards_postgres import Shards
 from tests.bookkeeping import AT, cash, fill, opening, record
@@ -33,6 +33,12 @@ class NoMarks:
     def price(self, symbol: str) -> Decimal | None:
         return None
 
+    def exposure(self, portfolio_id: str) -> tuple[int, int]:
+        return 0, 0
+
+    def position_day_base(self, portfolio_id: str, symbol: str) -> int:
+        return 0
+
 
 @dataclass
 class Books:
@@ -46,7 +52,9 @@ class Books:
     buried: list[DeadLetter]
 
     async def book(self, *records: Record, shard: int = 0) -> Booked:
-        return await self.writer.book(self.leases[shard], records, NoMarks(), AT, self.bury)
+        return await self.writer.book(
+            self.leases[shard], records, await self.next_offset(shard), NoMarks(), AT, self.bury
+        )
 
     async def bury(self, letters: Sequence[DeadLetter]) -> None:
         self.buried += letters
@@ -194,7 +202,7 @@ async def test_a_batch_whose_dead_letters_can_not_be_produced_is_not_booked_at_a
 
     records = [*numbered(opening("p-1"), fill("p-1", "BUY", "1", "2", "b", symbol="NEW")), record(b"{", 2, "p-1")]
     with pytest.raises(OSError, match="Kafka"):
-        await books.writer.book(books.leases[0], records, NoMarks(), AT, fail)
+        await books.writer.book(books.leases[0], records, await books.next_offset(), NoMarks(), AT, fail)
     assert await whole(books) == before
 
 
@@ -207,7 +215,7 @@ async def test_a_connection_lost_before_the_commit_leaves_nothing(books: Books) 
 
     records = [*numbered(opening("p-1"), fill("p-1", "BUY", "1", "2", "b", symbol="NEW")), record(b"{", 2, "p-1")]
     with pytest.raises(AWAY):
-        await books.writer.book(books.leases[0], records, NoMarks(), AT, lose_the_connection)
+        await books.writer.book(books.leases[0], records, await books.next_offset(), NoMarks(), AT, lose_the_connection)
     assert await whole(books) == before
     assert len((await books.book(*records)).entries) == 2
 
@@ -259,3 +267,13 @@ async def test_an_unheard_of_symbol_becomes_an_unclassified_asset_once(books: Bo
     sectors = await books.admin.fetch("SELECT symbol, sector FROM asset ORDER BY symbol")
     assert [tuple(row) for row in sectors] == [("AAPL", "Information Technology"), ("NEW", "UNCLASSIFIED")]
     assert not (await books.book(*numbered(fill("p-1", "BUY", "1", "2", "c", symbol="NEW"), first=4))).unclassified
+
+
+async def test_a_ledger_that_was_set_back_is_noticed_before_anything_is_booked(books: Books) -> None:
+    await books.book(*numbered(opening("p-1"), cash("p-1", "DEPOSIT", "5", "d")))
+    await books.admin.execute("UPDATE shard SET next_offset = 1 WHERE id = 0")
+    records = numbered(cash("p-1", "DEPOSIT", "7", "e"), first=2)
+    with pytest.raises(OffsetMoved):
+        await books.writer.book(books.leases[0], records, 2, NoMarks(), AT, books.bury)
+    assert await books.next_offset() == 1
+    assert await books.admin.fetchval("SELECT count(*) FROM ledger_entry") == 2

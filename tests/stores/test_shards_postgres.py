@@ -241,12 +241,18 @@ class Marks:
     def price(self, symbol: str) -> Decimal | None:
         return None
 
+    def exposure(self, portfolio_id: str) -> tuple[int, int]:
+        return 0, 0
+
+    def position_day_base(self, portfolio_id: str, symbol: str) -> int:
+        return 0
+
 
 async def book(cluster: Cluster, lease: Lease, *records: Record) -> None:
     async def bury(letters: object) -> None:
         raise AssertionError(letters)
 
-    await LedgerWriter(cluster.engine).book(lease, records, Marks(), AT, bury)
+    await LedgerWriter(cluster.engine).book(lease, records, records[0].offset, Marks(), AT, bury)
 
 
 async def test_a_shard_is_loaded_as_it_was_booked_with_its_day_since_the_cut(cluster: Cluster) -> None:

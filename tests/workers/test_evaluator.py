@@ -144,3 +144,20 @@ async def test_day_base_and_ratio_survive_a_take_over(system: System) -> None:
         before.day_pnl,
         before.day_pnl_ratio_e12,
     )
+
+
+async def test_a_ledger_set_back_behind_the_evaluator_is_read_again(system: System) -> None:
+    """As after a failover to a copy that lacks the last commits: the log still has the events."""
+    async with running(system.settings):
+        await system.send(opening("p-1"), deposit("p-1", "5", "d1"), deposit("p-1", "6", "d2"))
+        await system.mark_when("p-1", lambda mark: mark.cash == 11 * MICRO)
+        shard = await system.shard_of("p-1")
+        async with system.pool.acquire() as connection, connection.transaction():
+            await connection.execute("ALTER TABLE ledger_entry DISABLE TRIGGER ledger_entry_append_only")
+            await connection.execute("DELETE FROM ledger_entry WHERE event_id = 'd2'")
+            await connection.execute("ALTER TABLE ledger_entry ENABLE ALWAYS TRIGGER ledger_entry_append_only")
+            await connection.execute("UPDATE portfolio SET cash = 5, flows = 5, ledger_sequence = 2 WHERE id = 'p-1'")
+            await connection.execute("UPDATE shard SET next_offset = next_offset - 1 WHERE id = $1", shard)
+        await system.send(deposit("p-1", "7", "d3"))
+        mark = await system.mark_when("p-1", lambda mark: mark.cash == 18 * MICRO)
+    assert mark.ledger_sequence == 4
