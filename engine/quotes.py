@@ -1,31 +1,39 @@
 """From what a feed says to what the Book may believe: the normaliser and the filter of quotes.
 
-A feed yields `RawQuote`s. The filter judges each one, in the order of arrival, against bounded state and
-answers with exactly one `Verdict`; only ACCEPTED ones become `Quote`s. Rules, in this order:
+A feed yields `RawQuote`s. The filter judges each one, in the order of arrival, against bounded state and answers with
+exactly one `Verdict`; only ACCEPTED and RENUMBERED ones become `Quote`s. Rules, in this order:
 
-    MALFORMED         the symbol, the source, `ts_event` or `sequence` is not well-formed, or the price is not
-    a
+    MALFORMED         the symbol, the source, `ts_event` or `sequence` is not well-formed, or the price is not a
                       finite number above 0 within the exact range of engine.amounts (≤ 15 significant digits)
-    FUTURE            `ts_event` is further ahead of now than the tolerance: time travel TOO_MANY_SYMBOLS  a
-    new symbol while `symbols_count_max` are known TOO_MANY_SOURCES  a new source while SOURCES_COUNT_MAX are
-    known DUPLICATE         the newest accepted (or the quarantined) quote of this source and symbol once more
-    OUT_OF_ORDER      not newer than the newest accepted one of this source and symbol, by `sequence` where
-    both
-                      have one, else by `ts_event`
+    FUTURE            `ts_event` is further ahead of now than the tolerance: time travel
+    TOO_MANY_SYMBOLS  a new symbol that `classes` does not list, while `symbols_count_max` such are known
+    TOO_MANY_SOURCES  a new source while SOURCES_COUNT_MAX are known
+    DUPLICATE         the newest accepted quote of this source and symbol once more, or the quarantined one, or the
+                      last one of a numbering that is not taken yet
+    OUT_OF_ORDER      of another source than the symbol's last accepted quote and with an older `ts_event`; or not
+                      newer than the newest accepted one of this source and symbol, by `sequence` where both have
+                      one, else by `ts_event`
     QUARANTINED       the price lies beyond the band around the last accepted one and nothing has confirmed it
+    RENUMBERED        accepted, and the source's numbering of this symbol goes on from this lower sequence
     ACCEPTED          everything else
 
-Band. A price is within band b of a reference r when r / (1 + b) ≤ price ≤ r × (1 + b). The first price of a
-symbol has no reference and is accepted. A price beyond the band is kept aside, one per symbol. It is
-confirmed by a newer quote (of the same source by its order, of another by `ts_event`) within the band of the
-price kept aside: that second quote is ACCEPTED. A quote back at the old level clears it; a third level takes
-its place. What is kept aside does not advance the order, so that one quote with a corrupt sequence can not
-lock a symbol.
+Order. What is accepted last is the symbol's price: whoever takes accepted quotes in this order needs no order of
+their own. Sequences of two sources can not be compared, so between sources `ts_event` decides.
 
-Precision. A price given as text claims its digits, and more than the exact range holds is refused. A JSON
-number claims none: nearly every writer of one prints a float64, of which 15 significant digits are what was
-meant and the 16th and 17th are how it was stored. `trim_number` drops those at the feed's boundary, where the
-feed counts it.
+Numbering. A sequence far too high, or a source that begins at 1 again, must not silence a source for good. When
+RESTART_QUOTES_COUNT quotes in a row of one source and symbol have sequences below the newest accepted one's, ascending
+among themselves, and each a `ts_event` after it, the last of them is RENUMBERED; the ones before are OUT_OF_ORDER. A
+late old quote has an old `ts_event` and breaks the row, as does a quote that goes on with the old numbering.
+
+Band. A price is within band b of a reference r when r / (1 + b) ≤ price ≤ r × (1 + b). The first price of a symbol has
+no reference and is accepted. A price beyond the band is kept aside, one per symbol. It is confirmed by a newer quote
+(of the same source by its order, of another by `ts_event`) within the band of the price kept aside: that second quote
+is ACCEPTED. A quote back at the old level clears it; a third level takes its place. What is kept aside does not
+advance the order, so that one quote with a corrupt sequence can not lock a symbol.
+
+Precision. A price given as text claims its digits, and more than the exact range holds is refused. A JSON number claims
+none: nearly every writer of one prints a float64, of which 15 significant digits are what was meant and the 16th and
+17th are how it was stored. `trim_number` drops those at the feed's boundary, where the feed counts it.
 """
 
 from __future__ import annotations
@@ -41,6 +49,8 @@ from engine.messages import EventRejected, Quote, check_symbol
 
 SOURCES_COUNT_MAX = 16  # a process reads one feed; a feed that relays others names a handful
 SEQUENCE_MAX = 2**63 - 1  # what a signed 64-bit wire field holds
+# One or two may be strays with a wrong instant; a source that began anew is heard again with its third quote.
+RESTART_QUOTES_COUNT = 3
 
 # How far one quote may lie from the one before it. Real moves are confirmed by the next quote, so a band
 # costs a real move one tick; it is as narrow as ordinary movement between two quotes allows, also of a slow
@@ -63,6 +73,7 @@ _SMALLEST = Decimal(1).scaleb(-DECIMALS_MAX)
 
 class Verdict(StrEnum):
     ACCEPTED = "ACCEPTED"
+    RENUMBERED = "RENUMBERED"
     DUPLICATE = "DUPLICATE"
     OUT_OF_ORDER = "OUT_OF_ORDER"
     MALFORMED = "MALFORMED"
@@ -84,13 +95,22 @@ class RawQuote:
 
 
 @dataclass(slots=True)
+class _Restart:
+    """Quotes in a row of one source that look like a new numbering: the last one and how many."""
+
+    last: Quote
+    count: int
+
+
+@dataclass(slots=True)
 class _Known:
-    """What the filter remembers of one symbol: at most one quote per source and one kept aside."""
+    """What the filter remembers of one symbol: at most two quotes per source and one kept aside."""
 
     price: Decimal
     reach: Decimal  # 1 + the band
     latest: Quote
     newest: dict[str, Quote] = field(default_factory=dict)
+    restarts: dict[str, _Restart] = field(default_factory=dict)
     aside: Quote | None = None
 
     def within(self, price: Decimal, reference: Decimal) -> bool:
@@ -100,17 +120,22 @@ class _Known:
     def accept(self, quote: Quote, price: Decimal) -> None:
         self.price = price
         self.latest = self.newest[quote.source] = quote
+        self.restarts.pop(quote.source, None)
         self.aside = None
 
 
 class QuoteFilter:
-    """Judges quotes; holds at most `symbols_count_max` symbols × SOURCES_COUNT_MAX quotes."""
+    """Judges quotes; holds at most (the symbols of `classes` + `symbols_count_max` others) × SOURCES_COUNT_MAX × 2.
+
+    The limit counts unheard-of symbols alone, so that a flood of them leaves room for every listed one.
+    """
 
     def __init__(self, classes: Mapping[str, AssetClass], symbols_count_max: int, future_tolerance_ns: int) -> None:
         self._classes = classes
         self._symbols_count_max = symbols_count_max
         self._future_tolerance_ns = future_tolerance_ns
         self._known: dict[str, _Known] = {}
+        self._unheard_of_count = 0
         self._sources: set[str] = set()
 
     def restore(self, quotes: Iterable[Quote], now_ns: int) -> int:
@@ -122,8 +147,8 @@ class QuoteFilter:
         taken = 0
         for quote in quotes:
             raw = RawQuote(quote.symbol, quote.price, quote.ts_event_ns, quote.source, quote.sequence)
-            verdict, _ = self.judge(raw, now_ns)
-            taken += verdict is Verdict.ACCEPTED
+            _, accepted = self.judge(raw, now_ns)
+            taken += accepted is not None
         return taken
 
     def latest(self) -> dict[str, Quote]:
@@ -135,29 +160,36 @@ class QuoteFilter:
         return len(self._known)
 
     def judge(self, raw: RawQuote, now_ns: int) -> tuple[Verdict, Quote | None]:
-        """The verdict on one quote; the accepted quote, normalised, or None with every other verdict."""
+        """The verdict on one quote; the accepted quote, normalised, or None when it is refused."""
         price = self._well_formed_price(raw)
         if price is None:
             return Verdict.MALFORMED, None
         if raw.ts_event_ns > now_ns + self._future_tolerance_ns:
             return Verdict.FUTURE, None
         known = self._known.get(raw.symbol)
-        if known is None and len(self._known) >= self._symbols_count_max:
+        if known is None and not self._has_room(raw.symbol):
             return Verdict.TOO_MANY_SYMBOLS, None
         if raw.source not in self._sources and len(self._sources) >= SOURCES_COUNT_MAX:
             return Verdict.TOO_MANY_SOURCES, None
         quote = Quote(raw.symbol, plain(price), raw.ts_event_ns, raw.source, raw.sequence)
+        verdict = Verdict.ACCEPTED
         if known is None:
             known = self._add(quote, price)
         else:
-            refused = _judge_order(known, quote) or _judge_band(known, quote, price)
-            if refused is not None:
-                return refused, None
+            verdict = _judge_order(known, quote)
+            if verdict not in (Verdict.ACCEPTED, Verdict.RENUMBERED):
+                return verdict, None
+            if not _passes_band(known, quote, price):
+                return Verdict.QUARANTINED, None
         self._sources.add(raw.source)
         known.accept(quote, price)
-        return Verdict.ACCEPTED, quote
+        return verdict, quote
+
+    def _has_room(self, symbol: str) -> bool:
+        return symbol in self._classes or self._unheard_of_count < self._symbols_count_max
 
     def _add(self, quote: Quote, price: Decimal) -> _Known:
+        self._unheard_of_count += quote.symbol not in self._classes
         band = BANDS[self._classes.get(quote.symbol, AssetClass.UNCLASSIFIED)]
         known = self._known[quote.symbol] = _Known(price, 1 + band, quote)
         return known
@@ -190,23 +222,48 @@ def trim_number(number: Decimal) -> Decimal:
     return number if trimmed == number else trimmed
 
 
-def _judge_order(known: _Known, quote: Quote) -> Verdict | None:
-    if quote == known.aside:
-        return Verdict.DUPLICATE
+def _judge_order(known: _Known, quote: Quote) -> Verdict:
+    """ACCEPTED or RENUMBERED when the quote's turn has come, else why not."""
     newest = known.newest.get(quote.source)
+    if quote in (known.aside, newest):
+        return Verdict.DUPLICATE
+    if quote.source != known.latest.source and quote.ts_event_ns < known.latest.ts_event_ns:
+        return Verdict.OUT_OF_ORDER
     if newest is None or _newer(quote, newest):
-        return None
-    return Verdict.DUPLICATE if quote == newest else Verdict.OUT_OF_ORDER
+        known.restarts.pop(quote.source, None)
+        return Verdict.ACCEPTED
+    return _judge_numbering(known, quote, newest)
 
 
-def _judge_band(known: _Known, quote: Quote, price: Decimal) -> Verdict | None:
+def _judge_numbering(known: _Known, quote: Quote, newest: Quote) -> Verdict:
+    """Judge a quote that is not newer than its source's newest one: it may belong to a new numbering.
+
+    The row is kept until a quote is accepted, so that a price beyond the band can be confirmed by the next one.
+    """
+    row = known.restarts.get(quote.source)
+    if row is not None and quote == row.last:
+        return Verdict.DUPLICATE
+    if not _below(quote, newest) or quote.ts_event_ns <= newest.ts_event_ns:
+        known.restarts.pop(quote.source, None)
+        return Verdict.OUT_OF_ORDER
+    count = row.count + 1 if row is not None and _below(row.last, quote) else 1
+    known.restarts[quote.source] = _Restart(quote, count)
+    return Verdict.RENUMBERED if count >= RESTART_QUOTES_COUNT else Verdict.OUT_OF_ORDER
+
+
+def _passes_band(known: _Known, quote: Quote, price: Decimal) -> bool:
+    """Whether the price is within the band or confirmed; one that is neither is kept aside."""
     if known.within(price, known.price):
-        return None
+        return True
     aside = known.aside
     if aside is not None and _newer(quote, aside) and known.within(price, Decimal(aside.price)):
-        return None
+        return True
     known.aside = quote
-    return Verdict.QUARANTINED
+    return False
+
+
+def _below(quote: Quote, other: Quote) -> bool:
+    return quote.sequence is not None and other.sequence is not None and quote.sequence < other.sequence
 
 
 def _newer(quote: Quote, other: Quote) -> bool:

@@ -1,7 +1,8 @@
 """What prices were, quote by quote, while somebody watches: so that a mark can be checked against its instant.
 
 The evaluator applies quotes in the order of their frames, so the prices behind a mark are those after some prefix
-of the stream. `QuoteHistory` keeps the stream from a reading of `prices` on.
+of the stream. `QuoteHistory` keeps the stream from a reading of `prices` on. Where frames were lost, `prices` is read
+again, as the evaluator does, and what changed meanwhile goes on the stream in place of the frame that showed the gap.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from redis.asyncio import Redis
 
 from engine.messages import quote_decoder, quote_frame_decoder
 from engine.stores import redis_keys
+from workers.quote_intake import FrameNumbers
 
 QUOTES_COUNT_MAX = 5_000_000  # an hour of a busy market; a longer watch would forget nothing and say so by failing
 
@@ -27,10 +29,11 @@ class QuoteHistory:
         self._first: dict[str, Decimal] = {}
         self._changes: dict[str, list[tuple[int, str, Decimal]]] = {}
         self._count = 0
+        self._began = False
 
     async def watch(self, redis: Redis) -> None:
         """Listen until cancelled. Raises RedisError, OSError when the server goes away, HistoryFull."""
-        pubsub = redis.pubsub()
+        pubsub, numbers = redis.pubsub(), FrameNumbers()
         try:
             await pubsub.subscribe(redis_keys.QUOTES_CHANNEL)
             while True:
@@ -38,14 +41,31 @@ class QuoteHistory:
                 if message is None:
                     continue
                 if message["type"] == "subscribe":
-                    for value in (await redis.hgetall(redis_keys.PRICES)).values():
-                        quote = quote_decoder.decode(value)  # type: ignore[arg-type]
-                        self._first.setdefault(quote.symbol, Decimal(quote.price))
+                    await self._read_prices(redis)
                 elif message["type"] == "message":
-                    for quote in quote_frame_decoder.decode(message["data"]).quotes:
+                    frame = quote_frame_decoder.decode(message["data"])
+                    if numbers.is_gap(frame):
+                        await self._read_prices(redis)
+                        continue
+                    for quote in frame.quotes:
                         self._note(quote.symbol, Decimal(quote.price))
         finally:
             await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+    async def _read_prices(self, redis: Redis) -> None:
+        """The first reading is where the watch begins; a later one brings what no frame brought."""
+        for value in (await redis.hgetall(redis_keys.PRICES)).values():
+            quote = quote_decoder.decode(value)  # type: ignore[arg-type]
+            price = Decimal(quote.price)
+            if not self._began:
+                self._first[quote.symbol] = price
+            elif price != self._last(quote.symbol):
+                self._note(quote.symbol, price)
+        self._began = True
+
+    def _last(self, symbol: str) -> Decimal | None:
+        changes = self._changes.get(symbol)
+        return changes[-1][2] if changes else self._first.get(symbol)
 
     def _note(self, symbol: str, price: Decimal) -> None:
         self._count += 1

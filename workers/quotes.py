@@ -9,7 +9,10 @@ publishes an empty frame every HEARTBEAT_INTERVAL_S, whatever the feed does.
 Every attempt uses up its frame sequences, also one whose answer was lost: a subscriber then sees a gap (and
 reads `prices`), the same quotes under a later sequence, or the same frame twice; never nothing.
 
-Redis away: the latest quote of each symbol is kept (bounded by `symbols_count_max`) and sent when it is back.
+The order is the filter's: what was published last of a symbol is its price, whatever its `ts_event` or sequence. So
+subscribers take quotes in the order of frames, and `prices` wherever frames were lost.
+
+Redis away: the latest quote of each symbol is kept (as many as the filter knows) and sent when it is back.
 Redis flushed, replaced or restarted from an old copy: noticed within CHECK_INTERVAL_S (the hash has fewer fields than
 this worker wrote, or the server has another run id), and everything known is written and published again.
 
@@ -42,6 +45,7 @@ from workers.feeds import Feed
 FRAME_QUOTES_COUNT_MAX = 2_000  # about 100 kB: a frame that every subscriber decodes in a millisecond or two
 HEARTBEAT_INTERVAL_S = 1
 CHECK_INTERVAL_S = 1
+RENUMBERED_LOG_INTERVAL_S = 1  # a source that begins anew does so for all its symbols; the counter has every one
 STOP_TIMEOUT_S = 3  # for the last publication and for closing: an absent server must not hold up the exit
 
 # `source` is the feed's name, from a short list; the source in a quote comes over a wire and has no
@@ -65,8 +69,8 @@ async def run_quotes(
 ) -> None:
     """Drain `feed` into Redis until `stop` is set; a feed that ends leaves the heartbeat on.
 
-    `assets` says which band a symbol has; by default the shipped catalogue. Raises an ExceptionGroup of what
-    the feed raises.
+    `assets` says which band a symbol has and which symbols always have room; by default the shipped catalogue.
+    Raises an ExceptionGroup of what the feed raises.
     """
     assets = load_catalogue() if assets is None else assets
     quote_filter = QuoteFilter(
@@ -110,6 +114,7 @@ async def _restore(redis: Redis, quote_filter: QuoteFilter, now_ns: int) -> None
 
 async def _take_in(feed: Feed, clock: Clock, quote_filter: QuoteFilter, publisher: QuotesPublisher) -> None:
     """Judge what the feed yields, until it ends."""
+    renumbered_log_at_s = 0.0
     counters = {verdict: QUOTES.labels(verdict.value, feed.name) for verdict in Verdict}
     async with aclosing(feed.batches()) as batches:
         async for batch in batches:
@@ -119,6 +124,9 @@ async def _take_in(feed: Feed, clock: Clock, quote_filter: QuoteFilter, publishe
                 counters[verdict].inc()
                 if quote is not None:
                     publisher.offer(quote)
+                if verdict is Verdict.RENUMBERED and time.monotonic() >= renumbered_log_at_s:
+                    renumbered_log_at_s = time.monotonic() + RENUMBERED_LOG_INTERVAL_S
+                    _log.warning("quotes_renumbered", symbol=raw.symbol, source=raw.source, sequence=raw.sequence)
             SYMBOLS.set(quote_filter.symbols_count)
             # A feed with a backlog never really waits; publishing must get its turn all the same.
             await asyncio.sleep(0)

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from engine.amounts import parse_number
 from engine.assets import AssetClass
 from engine.messages import Quote
-from engine.quotes import BANDS, SOURCES_COUNT_MAX, QuoteFilter, RawQuote, Verdict, trim_number
+from engine.quotes import (
+    BANDS,
+    RESTART_QUOTES_COUNT,
+    SEQUENCE_MAX,
+    SOURCES_COUNT_MAX,
+    QuoteFilter,
+    RawQuote,
+    Verdict,
+    trim_number,
+)
 
 NOW_NS = 1_795_000_000_000_000_000
 TOLERANCE_NS = 5_000_000_000
@@ -137,6 +146,26 @@ def test_new_symbols_beyond_the_limit_are_refused_and_known_ones_go_on() -> None
     assert quote_filter.symbols_count == 2
 
 
+def test_a_flood_of_unheard_of_symbols_leaves_room_for_every_listed_one() -> None:
+    quote_filter = make_filter(symbols_count_max=2)
+    flood = verdicts(quote_filter, *(raw("1", 1, symbol=f"JUNK{n}") for n in range(50)))
+    assert flood == ["ACCEPTED"] * 2 + ["TOO_MANY_SYMBOLS"] * 48
+    assert set(verdicts(quote_filter, *(raw("100", 1, symbol=symbol) for symbol in CLASSES))) == {"ACCEPTED"}
+    assert quote_filter.symbols_count == 2 + len(CLASSES)
+
+
+def test_listed_symbols_take_no_room_from_others() -> None:
+    quote_filter = make_filter(symbols_count_max=1)
+    verdicts(quote_filter, *(raw("100", 1, symbol=symbol) for symbol in CLASSES))
+    assert verdicts(quote_filter, raw("1", symbol="A"), raw("1", symbol="B")) == ["ACCEPTED", "TOO_MANY_SYMBOLS"]
+
+
+def test_restored_junk_leaves_room_for_every_listed_symbol() -> None:
+    quote_filter = make_filter(symbols_count_max=2)
+    assert quote_filter.restore([Quote(f"JUNK{n}", "1", NOW_NS, "feed", 1) for n in range(9)], NOW_NS) == 2
+    assert verdicts(quote_filter, raw("100", 1)) == ["ACCEPTED"]
+
+
 def test_new_sources_beyond_the_limit_are_refused() -> None:
     quote_filter = make_filter()
     several = [raw("1", source=f"s{n}") for n in range(SOURCES_COUNT_MAX)]
@@ -153,6 +182,97 @@ def test_a_jump_is_quarantined_until_a_second_quote_confirms_it() -> None:
     assert quote_filter.latest()["AAPL"].price == "100"
     assert verdicts(quote_filter, raw("201", 3), raw("202", 4)) == ["ACCEPTED", "ACCEPTED"]
     assert quote_filter.latest()["AAPL"].price == "202"
+
+
+def test_another_source_s_quote_older_than_the_last_accepted_one_is_out_of_order() -> None:
+    quote_filter = make_filter()
+    ancient = RawQuote("AAPL", "100", 31_536_000_000_000_000, "b", 7)
+    assert verdicts(quote_filter, raw("101", 1, source="a"), ancient) == ["ACCEPTED", "OUT_OF_ORDER"]
+    assert quote_filter.latest()["AAPL"].price == "101"
+
+
+def test_between_sources_an_equal_instant_is_not_older_and_a_sequence_says_nothing() -> None:
+    quotes = (
+        raw("100", 5, at=-5, source="a"),
+        raw("101", 1, at=-5, source="b"),
+        raw("102", 6, at=-6, source="a"),
+        raw("102", 2, at=-6, source="b"),
+        raw("103", 7, at=-6, source="a"),
+    )
+    assert verdicts(make_filter(), *quotes) == ["ACCEPTED", "ACCEPTED", "OUT_OF_ORDER", "ACCEPTED", "ACCEPTED"]
+
+
+@pytest.mark.parametrize("last", [SEQUENCE_MAX, 1_000])
+def test_a_source_that_numbers_anew_is_heard_again(last: int) -> None:
+    quote_filter = make_filter()
+    quotes = raw("100", last, at=-9), *(raw(f"10{n}", n, at=n - 9) for n in range(1, 6))
+    assert RESTART_QUOTES_COUNT == 3
+    assert verdicts(quote_filter, *quotes) == [
+        "ACCEPTED",
+        "OUT_OF_ORDER",
+        "OUT_OF_ORDER",
+        "RENUMBERED",
+        "ACCEPTED",
+        "ACCEPTED",
+    ]
+    assert quote_filter.latest()["AAPL"] == Quote("AAPL", "105", NOW_NS - 4, "feed", 5)
+
+
+def test_a_renumbered_quote_is_handed_on() -> None:
+    quote_filter = make_filter()
+    verdicts(quote_filter, raw("100", 9, at=-9), raw("101", 1, at=-8), raw("102", 2, at=-7))
+    verdict, quote = quote_filter.judge(raw("103", 3, at=-6), NOW_NS)
+    assert (verdict, quote) == (Verdict.RENUMBERED, Quote("AAPL", "103", NOW_NS - 6, "feed", 3))
+
+
+def test_late_old_quotes_are_no_new_numbering() -> None:
+    late = (raw("101", n, at=n - 20) for n in range(1, 9))
+    quotes = verdicts(make_filter(), raw("100", 9, at=-9), *late, raw("101", 10, at=-8))
+    assert quotes == ["ACCEPTED", *["OUT_OF_ORDER"] * 8, "ACCEPTED"]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        pytest.param(raw("100", 8, at=-10), id="a late old quote"),
+        pytest.param(raw("100", 10, at=-8), id="one of the old numbering"),
+        pytest.param(raw("300", 10, at=-8), id="one of the old numbering beyond the band"),
+        pytest.param(raw("100", 1, at=-5), id="one that does not ascend"),
+    ],
+)
+def test_only_quotes_in_a_row_make_a_new_numbering(between: RawQuote) -> None:
+    quote_filter = make_filter()
+    verdicts(quote_filter, raw("100", 9, at=-9), raw("101", 1, at=-7), raw("101", 2, at=-6), between)
+    assert verdicts(quote_filter, raw("101", 3, at=-4)) == ["OUT_OF_ORDER"]
+
+
+def test_a_repeated_quote_counts_once_towards_a_new_numbering() -> None:
+    quotes = (
+        raw("100", 9, at=-9),
+        raw("101", 1, at=-8),
+        raw("101", 1, at=-8),
+        raw("101", 2, at=-7),
+        raw("101", 2, at=-7),
+    )
+    expected = ["ACCEPTED", "OUT_OF_ORDER", "DUPLICATE", "OUT_OF_ORDER", "DUPLICATE", "RENUMBERED"]
+    assert verdicts(make_filter(), *quotes, raw("101", 3, at=-6)) == expected
+
+
+def test_a_new_numbering_at_another_price_level_is_confirmed_first() -> None:
+    quotes = raw("100", SEQUENCE_MAX, at=-9), *(raw(f"20{n}", n, at=n - 9) for n in range(1, 6))
+    expected = ["ACCEPTED", "OUT_OF_ORDER", "OUT_OF_ORDER", "QUARANTINED", "RENUMBERED", "ACCEPTED"]
+    assert verdicts(make_filter(), *quotes) == expected
+
+
+def test_each_source_and_symbol_has_a_numbering_of_its_own() -> None:
+    quote_filter = make_filter()
+    verdicts(quote_filter, *(raw("100", 9, at=-9, source=source) for source in "ab"), raw("100", 9, symbol="BTC-USD"))
+    begun = [raw("100", n, at=n - 9, source=source) for n in (1, 2) for source in "ab"]
+    assert set(verdicts(quote_filter, *begun)) == {"OUT_OF_ORDER"}
+    assert verdicts(quote_filter, raw("100", 3, at=-5, source="a"), raw("100", 3, symbol="BTC-USD")) == [
+        "RENUMBERED",
+        "OUT_OF_ORDER",
+    ]
 
 
 def test_a_quarantined_quote_does_not_confirm_itself() -> None:
@@ -257,14 +377,17 @@ def test_whatever_comes_only_usable_prices_in_order_get_through(quotes: list[Raw
     for item in quotes:
         before = quote_filter.latest()
         verdict, quote = quote_filter.judge(item, NOW_NS)
-        assert (quote is not None) == (verdict is Verdict.ACCEPTED)
+        assert (quote is not None) == (verdict in (Verdict.ACCEPTED, Verdict.RENUMBERED))
         if quote is None:
             assert quote_filter.latest() == before
             continue
         assert parse_number(quote.price, "price") > 0
         last = seen.get((quote.source, quote.symbol))
+        latest = before.get(quote.symbol)
+        assert latest is None or latest.source == quote.source or quote.ts_event_ns >= latest.ts_event_ns
         if last is not None and last.sequence is not None and quote.sequence is not None:
-            assert quote.sequence > last.sequence
+            assert (quote.sequence < last.sequence) == (verdict is Verdict.RENUMBERED)
+            assert quote.sequence > last.sequence or quote.ts_event_ns > last.ts_event_ns
         elif last is not None:
             assert quote.ts_event_ns > last.ts_event_ns
         seen[quote.source, quote.symbol] = quote

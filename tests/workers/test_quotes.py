@@ -185,6 +185,38 @@ async def test_the_number_of_symbols_is_bounded(redis_db: str, client: Redis) ->
     assert await prices(client) == {"S0": "1", "S1": "1", "S2": "1"}
 
 
+async def test_after_a_flood_and_a_restart_the_catalogue_s_symbols_still_have_room(
+    redis_db: str, client: Redis
+) -> None:
+    feed = HandFeed()
+    async with working(feed, redis_db, symbols_count_max=3):
+        feed.say(*(raw(f"JUNK{n}", "1", 1) for n in range(10)), raw("AAPL", "189", 1))
+        await eventually(lambda: _has_price(client, "AAPL", "189"))
+    feed = HandFeed()
+    async with working(feed, redis_db, symbols_count_max=3):
+        feed.say(raw("JUNK9", "1", 2), raw("MSFT", "430", 1))
+        await eventually(lambda: _has_price(client, "MSFT", "430"))
+    assert await prices(client) == {"JUNK0": "1", "JUNK1": "1", "JUNK2": "1", "AAPL": "189", "MSFT": "430"}
+
+
+async def test_a_new_numbering_is_taken_counted_and_logged_once_for_many_symbols(redis_db: str, client: Redis) -> None:
+    feed, before, symbols = HandFeed(), counted("RENUMBERED"), ("AAPL", "MSFT", "NVDA")
+    with capture_logs() as logs:
+        async with listening(client) as frames, working(feed, redis_db):
+            feed.say(*(raw(symbol, "100", 2**63 - 1) for symbol in symbols))
+            feed.say(*(raw(symbol, f"10{n}", n) for n in (1, 2, 3) for symbol in symbols))
+            await eventually(lambda: _has_price(client, "NVDA", "103"))
+            await eventually(lambda: "103" in _shown(frames))
+    assert await prices(client) == dict.fromkeys(symbols, "103")
+    assert counted("RENUMBERED") == before + 3
+    lines = [line for line in logs if line["event"] == "quotes_renumbered"]
+    assert [(line["symbol"], line["source"], line["sequence"]) for line in lines] == [("AAPL", "hand", 3)]
+
+
+def _shown(frames: list[QuoteFrame]) -> set[str]:
+    return {quote.price for frame in frames for quote in frame.quotes}
+
+
 async def _has_count(client: Redis, count: int) -> bool:
     return await client.hlen(PRICES) == count
 
