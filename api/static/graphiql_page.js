@@ -8,11 +8,11 @@ const fragment = new URLSearchParams(window.location.hash.slice(1));
 const token = fragment.get("token");
 const portfolioId = fragment.get("portfolio") || "demo-0001";
 const headers = JSON.stringify({ Authorization: token ? `Bearer ${token}` : "Bearer …" }, null, 2);
-const variables = JSON.stringify({ portfolioId }, null, 2);
+const id = JSON.stringify(portfolioId);
 
 const DASHBOARD = `# A portfolio at a glance.
-query Dashboard($portfolioId: String!) {
-  portfolio(portfolioId: $portfolioId) {
+query Dashboard {
+  portfolio(portfolioId: ${id}) {
     name
     baseCurrency
     valuation { nav cash positionsValue unrealizedPnl realizedPnl dayPnl dayPnlRatio quality asOf }
@@ -31,8 +31,8 @@ query Dashboard($portfolioId: String!) {
 `;
 
 const NAV = `# Its NAV, live: a message when it changes, at most four a second.
-subscription Nav($portfolioId: String!) {
-  navUpdates(portfolioId: $portfolioId, maxRateHz: 4) {
+subscription Nav {
+  navUpdates(portfolioId: ${id}, maxRateHz: 4) {
     kind nav cash positionsValue quality asOf epoch sequence conflated
   }
 }
@@ -69,8 +69,8 @@ ReactDOM.createRoot(document.getElementById("graphiql")).render(
     defaultHeaders: headers,
     defaultQuery: DASHBOARD,
     defaultTabs: [
-      { query: DASHBOARD, variables, headers },
-      { query: NAV, variables, headers },
+      { query: DASHBOARD, headers },
+      { query: NAV, headers },
       { query: VIEWER, headers },
     ],
     defaultEditorToolsVisibility: "headers",

@@ -61,18 +61,18 @@ async def test_a_browser_gets_graphiql_and_its_script(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("name", ["Dashboard", "Viewer"])
 async def test_example_operations_are_valid(gateway: Gateway, name: str) -> None:
-    script = (STATIC_DIRECTORY / "graphiql_page.js").read_text()
+    script = (STATIC_DIRECTORY / "graphiql_page.js").read_text().replace("${id}", '"none"')
     (operation,) = [text for text in re.findall(r"`(# [^`]*)`", script) if f"query {name}" in text]
-    answer = (await gateway.post(operation, {"portfolioId": "none"})).json()
+    answer = (await gateway.post(operation)).json()
     codes = {error["extensions"]["code"] for error in answer.get("errors", ())}
     assert codes <= {"NOT_FOUND"}
 
 
 async def test_example_subscription_is_valid(gateway: Gateway) -> None:
-    script = (STATIC_DIRECTORY / "graphiql_page.js").read_text()
+    script = (STATIC_DIRECTORY / "graphiql_page.js").read_text().replace("${id}", '"none"')
     (operation,) = [text for text in re.findall(r"`(# [^`]*)`", script) if "subscription" in text]
     async with gateway.socket() as socket:
-        stream = await socket.subscribe(operation, {"portfolioId": "none"})
+        stream = await socket.subscribe(operation)
         assert await stream.code() == "NOT_FOUND"
 
 
