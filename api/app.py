@@ -53,6 +53,10 @@ CLOSE_TIMEOUT_S = 5
 _log = structlog.get_logger(__name__)
 
 
+class NoEvaluatorError(ConnectionError):
+    """Marks are not kept: nobody holds the lease of some shard, or there is no shard yet."""
+
+
 class Database:
     """The PostgreSQL pool, once there is one."""
 
@@ -70,6 +74,13 @@ class Database:
 
     async def check(self) -> None:
         await self.pool().fetchval("SELECT 1")
+
+    async def check_evaluators(self) -> None:
+        """Raises NoEvaluatorError unless there are shards and every one's lease holds."""
+        # A shard that was given back has no lease, which `bool_and` alone would leave out of account.
+        owned = await self.pool().fetchval("SELECT bool_and(coalesce(lease_until > now(), false)) FROM shard")
+        if not owned:
+            raise NoEvaluatorError("a shard has no living evaluator")
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
@@ -166,6 +177,7 @@ def create_app(settings: Settings, clock: Clock) -> FastAPI:
     checks = {
         "redis": application.check_redis,
         "postgres": application.database.check,
+        "evaluators": application.database.check_evaluators,
         "kafka": application.services.events.reach,
     }
     app.include_router(make_health_router(checks, application.metrics))

@@ -1,7 +1,8 @@
 """Whether the process lives, whether it can serve, and what it counts.
 
     /healthz   200 as long as the event loop turns: a restart would not help against a dependency that is away
-    /readyz    200 when Redis, PostgreSQL and Kafka answer; otherwise 503, naming each that does not, and why
+    /readyz    200 when Redis, PostgreSQL and Kafka answer and every shard has a living evaluator; otherwise 503,
+               naming each that is missing, and why; at most CHECK_TIMEOUT_S later
     /metrics   Prometheus text
 
 None of them needs a token: they say nothing about portfolios.

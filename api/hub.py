@@ -3,11 +3,17 @@
 A slot holds the newest value; a newer one replaces it and the slot counts how many it stands for. There is no
 queue anywhere between a frame and a client, so a slow reader costs one value and never delays another. Marks are
 taken in the order of (epoch, sequence) and never backwards, so that a frame and a read of Redis may arrive in any
-order.
+order. Quotes are taken in the order of their frames, whatever instant their sources stamped on them: sources do not
+share a clock, and the quotes worker has judged their order already. `prices` is written before the frame is
+published, so a read beats all frames that came before it was begun, and a frame that comes meanwhile beats the read.
 
 A watch is registered before its first value is read: it is put on the list of what to read (`unread`) when its
 channel is live already, or else when the channel becomes live, so that nothing falls between reading and
 listening. `api/live_feed.py` does the listening and the reading.
+
+A slot is `current` from the first value that came by a channel that is live and heard, until that channel is lost or
+silent. Once the channel is back, what is watched on it is read, and the slot is signalled also when the value is
+still the same: that it holds is news then.
 """
 
 from __future__ import annotations
@@ -24,20 +30,27 @@ _MARK_BYTES = MARK.itemsize
 
 
 class MarkSlot:
-    __slots__ = ("_count", "_mark", "_order", "_signal")
+    __slots__ = ("_count", "_mark", "_order", "_signal", "current")
 
     def __init__(self, signal: asyncio.Event) -> None:
         self._signal = signal
+        self.current = False
         self._mark: Mark | None = None
         self._count = 0
         self._order = (-1, -1)
 
-    def put(self, mark: Mark) -> None:
+    def put(self, mark: Mark, current: bool = True) -> None:
         order = (mark.epoch, mark.sequence)
+        if order < self._order:
+            return
         if order > self._order:
             self._order, self._mark = order, mark
             self._count += 1
             self._signal.set()
+        elif current and not self.current:
+            self._mark = mark
+            self._signal.set()
+        self.current = self.current or current
 
     def take(self) -> tuple[Mark, int] | None:
         if self._mark is None:
@@ -48,35 +61,52 @@ class MarkSlot:
 
 
 class QuoteSlot:
-    """Holds at most one quote per watched symbol. `fill` brings the first ones, and those read after a gap."""
+    """Holds at most one quote per watched symbol. `fill` brings the first ones, and those read after a gap.
 
-    __slots__ = ("_count", "_due", "_hub", "_quotes", "_shown", "_signal", "filled", "symbols")
+    `_known` is the newest quote of each symbol, and the reading during which its frame came (-1 for one that was
+    read).
+    """
+
+    __slots__ = ("_count", "_current", "_due", "_hub", "_known", "_quotes", "_signal", "filled", "symbols")
 
     def __init__(self, hub: Hub, signal: asyncio.Event) -> None:
         self._hub = hub
         self._signal = signal
         self._quotes: dict[str, Quote] = {}
-        self._shown: dict[str, Quote] = {}
+        self._known: dict[str, tuple[Quote, int]] = {}
+        self._current = False
         self._count = 0
         self._due = False
         self.filled = False
         self.symbols: frozenset[str] = frozenset()
 
-    def put(self, quote: Quote) -> None:
+    @property
+    def current(self) -> bool:
+        """Nothing is missing of nothing: without symbols it always is."""
+        return self._current or not self.symbols
+
+    def lose(self) -> None:
+        self._current = False
+
+    def put(self, quote: Quote, reading: int) -> None:
         self._quotes[quote.symbol] = quote
+        self._known[quote.symbol] = (quote, reading)
         self._count += 1
         if self.filled:
             self._signal.set()
 
-    def fill(self, quotes: dict[str, Quote]) -> None:
-        """Take quotes that were read: those not overtaken by a frame meanwhile. The first fill is always shown."""
+    def fill(self, quotes: dict[str, Quote], reading: int, current: bool) -> None:
+        """Take quotes that were read, but for those that a frame overtook. The first is always shown, and the first
+        after an outage."""
         for symbol in self.symbols & quotes.keys():
-            quote, known = quotes[symbol], self._quotes.get(symbol, self._shown.get(symbol))
-            if known is None or (quote != known and quote.ts_event_ns >= known.ts_event_ns):
+            quote, (known, framed) = quotes[symbol], self._known.get(symbol, (None, -1))
+            if quote != known and framed != reading:
                 self._quotes[symbol] = quote
+                self._known[symbol] = (quote, -1)
                 self._count += 1
-        self._due = self._due or not self.filled
+        self._due = self._due or not self.filled or (current and not self._current)
         self.filled = True
+        self._current = self._current or current
         if self._due or self._quotes:
             self._signal.set()
 
@@ -84,9 +114,13 @@ class QuoteSlot:
         if not self.filled or not (self._due or self._quotes):
             return None
         taken = (self._quotes, self._count)
-        self._shown.update(self._quotes)
         self._quotes, self._count, self._due = {}, 0, False
         return taken
+
+    def forget(self, symbol: str) -> None:
+        """The symbol is not watched any more; what is known of it grows old."""
+        self._quotes.pop(symbol, None)
+        self._known.pop(symbol, None)
 
     def change(self, symbols: Collection[str]) -> None:
         self._hub.rewatch(self, frozenset(symbols))
@@ -100,6 +134,9 @@ class Hub:
         self._quotes: dict[str, list[QuoteSlot]] = {}
         self._live_shards: set[int] = set()
         self._quotes_live = False
+        self._silent_shards: set[int] = set()
+        self._quotes_silent = False
+        self._reading = 0
         self._unread_places: set[Place] = set()
         self._unread_symbols: set[str] = set()
         self.unread_signal = asyncio.Event()
@@ -138,6 +175,7 @@ class Hub:
         slot.symbols = symbols
         for symbol in dropped:
             _remove(self._quotes, symbol, slot)
+            slot.forget(symbol)
         for symbol in added:
             self._quotes.setdefault(symbol, []).append(slot)
         if self._quotes_live:
@@ -156,11 +194,31 @@ class Hub:
         (self._live_shards.add if live else self._live_shards.discard)(shard)
         if live:
             self.reread_shard(shard)
+        else:
+            self._lose_shard(shard)
 
     def quotes_live(self, live: bool) -> None:
         self._quotes_live = live
         if live:
             self.reread_quotes()
+        else:
+            self._lose_quotes()
+
+    def shard_heard(self, shard: int, heard: bool) -> None:
+        """The shard's evaluator speaks, or has fallen silent. Only the change from one to the other does something."""
+        if heard and shard in self._silent_shards:
+            self._silent_shards.discard(shard)
+            self.reread_shard(shard)
+        elif not heard and shard not in self._silent_shards:
+            self._silent_shards.add(shard)
+            self._lose_shard(shard)
+
+    def quotes_heard(self, heard: bool) -> None:
+        if heard and self._quotes_silent:
+            self.reread_quotes()
+        elif not heard and not self._quotes_silent:
+            self._lose_quotes()
+        self._quotes_silent = not heard
 
     def reread_shard(self, shard: int) -> None:
         self._unread(((shard, key.decode()) for key in self._marks.get(shard, ())), ())
@@ -169,6 +227,8 @@ class Hub:
         self._unread((), self._quotes)
 
     def take_unread(self) -> tuple[set[Place], set[str]]:
+        """What is to be read; a reading begins, and ends in the fills or with what is put back."""
+        self._reading += 1
         unread = (self._unread_places, self._unread_symbols)
         self._unread_places, self._unread_symbols = set(), set()
         self.unread_signal.clear()
@@ -194,19 +254,32 @@ class Hub:
                     slot.put(mark)
 
     def deliver_mark(self, place: Place, mark: Mark) -> None:
+        """Give a mark that was read to its slots; of a shard that is not heard, it is the last one known."""
+        current = place[0] in self._live_shards and place[0] not in self._silent_shards
         for slot in self._marks.get(place[0], {}).get(place[1].encode(), ()):
-            slot.put(mark)
+            slot.put(mark, current)
 
     def deliver_quotes(self, quotes: Iterable[Quote]) -> None:
         for quote in quotes:
             for slot in self._quotes.get(quote.symbol, ()):
-                slot.put(quote)
+                slot.put(quote, self._reading)
 
     def fill_quotes(self, symbols: Iterable[str], quotes: dict[str, Quote]) -> None:
         """Give quotes that were read to the slots that watch any of `symbols`, once to each."""
         slots = {id(slot): slot for symbol in symbols for slot in self._quotes.get(symbol, ())}
+        current = self._quotes_live and not self._quotes_silent
         for slot in slots.values():
-            slot.fill(quotes)
+            slot.fill(quotes, self._reading, current)
+
+    def _lose_shard(self, shard: int) -> None:
+        for slots in self._marks.get(shard, {}).values():
+            for slot in slots:
+                slot.current = False
+
+    def _lose_quotes(self) -> None:
+        for slots in self._quotes.values():
+            for slot in slots:
+                slot.lose()
 
     def _watched(self, shard: int, key: bytes) -> bool:
         return key in self._marks.get(shard, ())

@@ -11,6 +11,9 @@ read the watched values from Redis again.
     a channel's subscription is confirmed (again)                the connection was lost and made anew
     no frame, not even a heartbeat, for `feed_silence_max_ms`    the connection may be dead: made anew
 
+As long as a channel is not subscribed to, or is silent, the hub is told that what is watched on it is not current. An
+outage is over with the first frame: a connection without frames is as good as none.
+
 Two tasks: one listens, one reads; each outlives Redis being away. Subscriptions are only ever changed by the task
 that reads their connection, because a redis-py PubSub is not to be shared.
 """
@@ -26,7 +29,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -34,7 +36,7 @@ from api.hub import Hub
 from api.metrics import Metrics
 from engine.marks import decode_frame
 from engine.messages import quote_frame_decoder
-from engine.runtime.connections import Backoff
+from engine.runtime.connections import Backoff, Outage
 from engine.stores import redis_keys
 from engine.stores.hot_state_reads import HotStateReads
 from resolvers.errors import AWAY
@@ -45,7 +47,13 @@ CLOSE_TIMEOUT_S = 1  # closing a connection to a frozen server must not hang
 PUBLISHERS_COUNT_MAX = 16
 _AWAY: tuple[type[BaseException], ...] = (*AWAY, RedisError)
 
-_log = structlog.get_logger(__name__)
+
+class FeedLostError(ConnectionError):
+    """The connection broke. One type for all causes, so that an outage that changes its face is still one."""
+
+
+class FeedSilentError(FeedLostError):
+    """Nothing was heard for too long."""
 
 
 @dataclass(slots=True)
@@ -75,6 +83,7 @@ class LiveFeed:
         self._publishers: OrderedDict[str, int] = OrderedDict()
         self._quotes_seen_at_s = 0.0
         self._subscribed: set[str] = set()
+        self._outage = Outage("live_feed")
 
     async def run(self) -> None:
         """Feed the hub until cancelled."""
@@ -83,15 +92,16 @@ class LiveFeed:
             tasks.create_task(self._read())
 
     async def _listen(self) -> None:
-        backoff = Backoff()
         while True:
             try:
-                await self._listen_once(backoff)
+                await self._listen_once()
+            except FeedSilentError as error:
+                # Waiting for the silence was delay enough.
+                self._outage.begin_or_continue(FeedLostError(str(error)))
             except _AWAY as error:
-                _log.warning("feed_lost", reason=type(error).__name__, detail=str(error)[:200])
-                await asyncio.sleep(backoff.next_s())
+                await asyncio.sleep(self._outage.begin_or_continue(FeedLostError(repr(error))))
 
-    async def _listen_once(self, backoff: Backoff) -> None:
+    async def _listen_once(self) -> None:
         """Listen on one connection until it fails or falls silent."""
         redis = self._connect()
         pubsub = redis.pubsub()
@@ -105,11 +115,10 @@ class LiveFeed:
                     continue
                 message = await pubsub.get_message(timeout=LISTEN_INTERVAL_MS / 1_000)
                 if message is not None:
-                    backoff.reset()
                     self._take(message)
                 if self._silent():
                     self._metrics.gaps.labels("silence").inc()
-                    return
+                    raise FeedSilentError("no frame on any channel")
         finally:
             self._forget()
             with suppress(*_AWAY):
@@ -166,16 +175,16 @@ class LiveFeed:
         latest_s = now_s - self._silence_max_s
         seen = [frames.seen_at_s for frames in self._shards.values()]
         seen += [self._quotes_seen_at_s] if redis_keys.QUOTES_CHANNEL in self._subscribed else []
-        if seen and max(seen) < latest_s:
-            return True
         for shard, frames in self._shards.items():
             if frames.seen_at_s < latest_s:
                 frames.seen_at_s = now_s
+                self._hub.shard_heard(shard, False)
                 self._gap("silence", shard)
         if redis_keys.QUOTES_CHANNEL in self._subscribed and self._quotes_seen_at_s < latest_s:
             self._quotes_seen_at_s = now_s
+            self._hub.quotes_heard(False)
             self._gap("silence", None)
-        return False
+        return bool(seen) and max(seen) < latest_s
 
     def _take(self, message: dict[str, Any]) -> None:
         channel, kind = message["channel"].decode(), message["type"]
@@ -210,6 +219,8 @@ class LiveFeed:
                 self._metrics.frames_dropped.labels("marks").inc()
                 return
             seen.seen_at_s = asyncio.get_running_loop().time()
+            self._outage.end()
+            self._hub.shard_heard(header.shard, True)
             if header.epoch == seen.epoch and header.sequence <= seen.sequence:
                 return
             if header.epoch > seen.epoch >= 0:
@@ -230,6 +241,8 @@ class LiveFeed:
             self._metrics.frames_dropped.labels("quotes").inc()
             return
         self._quotes_seen_at_s = asyncio.get_running_loop().time()
+        self._outage.end()
+        self._hub.quotes_heard(True)
         last = self._publishers.get(frame.publisher)
         if (last is None and self._publishers) or (last is not None and frame.sequence > last + 1):
             self._gap("publisher" if last is None else "sequence", None)

@@ -150,8 +150,8 @@ class OperationExtension(SchemaExtension):
             return _error(ErrorCode.UNAUTHENTICATED, "a token is needed")
         if operation.operation is OperationType.SUBSCRIPTION and not execution.context.streaming:
             return _error("NEEDS_WEBSOCKET", "subscriptions are served over graphql-transport-ws")
-        variables = execution.variables or {}
-        return check_objects(document, operation, variables, self._settings.query_objects_max)
+        schema = execution.schema._schema
+        return check_objects(schema, document, operation, execution.variables or {}, self._settings)
 
     def _publish(self, result: Any) -> None:
         """Make the errors of a result fit for the client, in place."""

@@ -1,4 +1,4 @@
-"""An equity curve: NAV over time, from snapshots, ending in the live mark.
+"""An equity curve: NAV and time-weighted return over time, from snapshots, ending in the live mark.
 
 Ranges reach back from now; each has the resolution that its length needs:
 
@@ -9,25 +9,47 @@ Ranges reach back from now; each has the resolution that its length needs:
 
 Snapshots that were missed are gaps and stay gaps: no point is invented. The last point is the live mark's NAV,
 now, where there is a mark: the curve and the valuation beside it can not disagree. A snapshot stamped at or after
-now gives way to it.
+now, or one that includes more of the ledger than the mark does, gives way to it.
 
-Thinning to `count_max` points keeps the first and the last point, and cuts what lies between into equal buckets
-that each keep their lowest and their highest point: the extremes of the whole curve survive, and every point shown
-is one that was measured.
+The TWR index is 1 at the range's beginning and is cut at every external flow, where the ledger knows the NAV just
+before. A flow lies between the two points of which only the later one includes it, by ledger sequence: no clock
+decides on which side.
+
+    index = Π (NAV just before flow k / NAV just after flow k−1) × (NAV / NAV just after the last flow)
+
+A range that reaches back to the opening begins at NAV 0 there. A sub-period that starts at exactly 0 does not count
+before the first flow, nor while nothing is in it; any other that starts at ≤ 0 has no return, and neither has a
+flow into a NAV below 0: from there on the index is None. Index, high-water mark and drawdown are statistics
+(float64, relative error about 10⁻¹⁵ per flow), NAV is money (int, micro-units).
+
+    high_water_mark = the largest index so far           drawdown = 1 − index / high_water_mark        (≥ 0)
+
+Thinning to `count_max` points keeps the first, the last and the deepest drawdown, and cuts what lies between into
+equal buckets that each keep their lowest and their highest NAV: the extremes of the whole curve survive, and every
+point shown is one that was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from decimal import Decimal
 from enum import StrEnum
+from functools import lru_cache
+from itertools import pairwise
 
+from engine.amounts import present
 from engine.marks import Mark, MarkQuality
 
-POINTS_MIN = 4  # first, last, and the two extremes
+POINTS_MIN = 5  # first, last, the deepest drawdown and the two extremes
 POINTS_MAX = 2_000
 HOURLY_DAYS_MAX = 30
+# Below it a difference of two indexes is their rounding, and is shown as none.
+INDEX_NOISE = 1e-12
+RATIO_DECIMALS = 10
+RATIO_MAX = 1e15  # beyond it a ratio says nothing, and float64 has no decimals left
 
 
 class EquityCurveRange(StrEnum):
@@ -44,11 +66,34 @@ class Resolution(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EquityPoint:
-    """NAV in micro-units at an instant (ns since 1970, UTC)."""
+    """NAV in micro-units at an instant (ns since 1970, UTC), after `ledger_sequence` entries of the ledger."""
 
     at_ns: int
     nav: int
     quality: MarkQuality
+    ledger_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """An external flow as the ledger has it: signed `amount` into a NAV of `nav_before`, in micro-units."""
+
+    at_ns: int
+    ledger_sequence: int
+    amount: int
+    nav_before: int
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """A point with its TWR index (1 at the beginning); the three statistics are None where it is undefined."""
+
+    at_ns: int
+    nav: int
+    quality: MarkQuality
+    index: float | None
+    high_water_mark: float | None
+    drawdown: float | None
 
 
 _LENGTHS = {
@@ -72,19 +117,77 @@ def resolution_of(curve_range: EquityCurveRange, opened_at: datetime, now: datet
     return Resolution.DAILY
 
 
-def curve(snapshots: Sequence[EquityPoint], live: Mark | None, now_ns: int, count_max: int) -> list[EquityPoint]:
-    """The curve of ascending `snapshots`, ending in `live` at `now_ns`, with at most `count_max` points.
+def opening(opened_at_ns: int) -> EquityPoint:
+    """Where a range that reaches back to the opening begins: nothing, before the first entry."""
+    return EquityPoint(opened_at_ns, 0, MarkQuality.LIVE, 0)
 
-    Raises ValueError when `count_max` is below POINTS_MIN.
-    """
+
+def ending_live(snapshots: Sequence[EquityPoint], live: Mark | None, now_ns: int) -> list[EquityPoint]:
+    """Ascending `snapshots`, ending in `live` at `now_ns`."""
     if live is None:
-        return thin(snapshots, count_max)
-    end = EquityPoint(now_ns, live.nav, live.quality)
-    return thin([*(point for point in snapshots if point.at_ns < now_ns), end], count_max)
+        return list(snapshots)
+    before = [one for one in snapshots if one.at_ns < now_ns and one.ledger_sequence <= live.ledger_sequence]
+    return [*before, EquityPoint(now_ns, live.nav, live.quality, live.ledger_sequence)]
 
 
-def thin(points: Sequence[EquityPoint], count_max: int) -> list[EquityPoint]:
-    """At most `count_max` of `points`, in order: the first, the last, and each bucket's lowest and highest.
+def curve(points: Sequence[EquityPoint], flows: Iterable[Flow]) -> list[CurvePoint]:
+    """The curve of ascending `points`; `flows` in ledger order, those before the first point are ignored."""
+    if not points:
+        return []
+    chain, drawn = _Chain(points[0].nav), []
+    coming = [flow for flow in flows if flow.ledger_sequence > points[0].ledger_sequence]
+    next_flow, high = 0, None
+    for point in points:
+        while next_flow < len(coming) and coming[next_flow].ledger_sequence <= point.ledger_sequence:
+            chain.cut(coming[next_flow])
+            next_flow += 1
+        index = chain.index(point.nav)
+        if index is None:
+            drawn.append(CurvePoint(point.at_ns, point.nav, point.quality, None, None, None))
+            continue
+        high = index if high is None else max(high, index)
+        drawdown = 1 - index / high
+        drawdown = drawdown if drawdown > INDEX_NOISE else 0
+        drawn.append(CurvePoint(point.at_ns, point.nav, point.quality, index, high, drawdown))
+    return drawn
+
+
+# The high-water mark of a curve repeats, and so does a drawdown of 0.
+@lru_cache(maxsize=10_000)
+def present_ratio(value: float) -> Decimal | None:
+    """An index or a ratio as it is shown: 10 decimals, half-even; None where it is not within ±RATIO_MAX."""
+    return present(Decimal(value), RATIO_DECIMALS) if abs(value) < RATIO_MAX else None
+
+
+class _Chain:
+    """The running sub-period: the NAV it started with, and the product of those before it (None: undefined)."""
+
+    def __init__(self, nav: int) -> None:
+        self._start = nav
+        self._factor: float | None = 1
+        self._before_first_flow = True
+
+    def index(self, nav: int) -> float | None:
+        """The index at NAV `nav` of the running sub-period; once it is None it stays so."""
+        index = self._factor
+        if index is not None and self._start > 0:
+            index *= nav / self._start
+        elif self._start < 0 or (nav and not self._before_first_flow):
+            index = None
+        if index is None or not math.isfinite(index):
+            self._factor = index = None
+        return index
+
+    def cut(self, flow: Flow) -> None:
+        """End the running sub-period just before `flow` and start the next one just after."""
+        index = self.index(flow.nav_before)
+        self._factor = None if index is None or index < 0 else index
+        self._start = flow.nav_before + flow.amount
+        self._before_first_flow = False
+
+
+def thin(points: Sequence[CurvePoint], count_max: int) -> list[CurvePoint]:
+    """At most `count_max` of `points`, in order: the ends, the deepest, and each bucket's lowest and highest.
 
     Raises ValueError when `count_max` is below POINTS_MIN.
     """
@@ -92,20 +195,10 @@ def thin(points: Sequence[EquityPoint], count_max: int) -> list[EquityPoint]:
         raise ValueError(f"a curve needs at least {POINTS_MIN} points")
     if len(points) <= count_max:
         return list(points)
-    inner = points[1:-1]
-    buckets = (count_max - 2) // 2
-    kept = [points[0]]
-    for bucket in range(buckets):
-        part = inner[bucket * len(inner) // buckets : (bucket + 1) * len(inner) // buckets]
-        low, high = min(part, key=_nav), max(part, key=_nav)
-        kept += (low,) if low is high else sorted((low, high), key=_at)
-    kept.append(points[-1])
-    return kept
-
-
-def _nav(point: EquityPoint) -> int:
-    return point.nav
-
-
-def _at(point: EquityPoint) -> int:
-    return point.at_ns
+    last, buckets = len(points) - 1, (count_max - 3) // 2
+    kept = {0, last, max(range(last), key=lambda at: points[at].drawdown or 0)}
+    edges = [1 + bucket * (last - 1) // buckets for bucket in range(buckets + 1)]
+    for begin, end in pairwise(edges):
+        kept.add(min(range(begin, end), key=lambda at: points[at].nav))
+        kept.add(max(range(begin, end), key=lambda at: points[at].nav))
+    return [points[at] for at in sorted(kept)]

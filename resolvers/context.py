@@ -49,11 +49,20 @@ class Access(Protocol):
 
 
 class MarkWatch(Protocol):
+    @property
+    def current(self) -> bool:
+        """Whether what was taken last still holds: its shard's channel is listened to and not silent. When it
+        becomes so again, there is something to take, if only the same mark."""
+
     def take(self) -> tuple[Mark, int] | None:
         """The newest mark since the last take and how many it stands for; None when there was none."""
 
 
 class QuoteWatch(Protocol):
+    @property
+    def current(self) -> bool:
+        """As MarkWatch.current; what there is to take then may be no quote at all."""
+
     def take(self) -> tuple[dict[str, Quote], int] | None:
         """The newest quote of each symbol quoted since the last take and how many quotes there were; None when
         there was nothing. The first is the snapshot: complete, and empty where nothing was ever quoted."""

@@ -1,8 +1,9 @@
-"""The equity curve of a portfolio (engine.equity_curve): NAV over time, ending in the live mark."""
+"""The equity curve of a portfolio (engine.equity_curve): NAV and return over time, ending in the live mark."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
@@ -13,11 +14,17 @@ from engine.amounts import from_micro
 from engine.equity_curve import (
     POINTS_MAX,
     POINTS_MIN,
+    CurvePoint,
+    Flow,
     begins_at,
     curve,
+    ending_live,
+    opening,
+    present_ratio,
     resolution_of,
+    thin,
 )
-from engine.runtime.clock import to_datetime
+from engine.runtime.clock import to_datetime, to_ns
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context
 from resolvers.enums import EquityCurveRange, MarkQuality, Resolution
@@ -28,17 +35,28 @@ POINTS_DEFAULT = 500
 _instant = lru_cache(maxsize=20_000)(to_datetime)
 
 
-@strawberry.type(description="NAV at an instant.")
+@strawberry.type(description="NAV and return at an instant.")
 class EquityPoint:
     at: datetime = strawberry.field(description="The instant of the snapshot; now for the live point.")
     nav: Decimal = strawberry.field(description="NAV in the base currency.")
     quality: MarkQuality = strawberry.field(description="The worst quality among the prices behind the NAV.")
+    twr_index: Decimal | None = strawberry.field(
+        description=(
+            "Time-weighted index, 1 at the range's beginning: deposits, withdrawals and rewards do not move it. "
+            "twrIndex − 1 is the return so far. Null from where a period starts at a NAV of 0 or less."
+        )
+    )
+    high_water_mark: Decimal | None = strawberry.field(description="The largest twrIndex up to here, within the range.")
+    drawdown: Decimal | None = strawberry.field(
+        description="1 − twrIndex / highWaterMark as a fraction ≥ 0 (0.25 is 25 % below the mark)."
+    )
 
 
 @strawberry.type(
     description=(
-        "NAV over time, ascending. The last point is the live NAV. A snapshot that was missed is a gap: no point "
-        "is invented. Thinning keeps the first, the last, the lowest and the highest."
+        "NAV and return over time, ascending. The last point is the live NAV. A snapshot that was missed is a gap: "
+        "no point is invented. Thinning keeps the first, the last, the lowest and the highest NAV and the deepest "
+        "drawdown."
     )
 )
 class EquityCurve:
@@ -47,13 +65,23 @@ class EquityCurve:
     points: list[EquityPoint] = strawberry.field(description="The points, ascending by `at`.")
 
 
-async def load_equity_curve(
-    context: Context, portfolio: PortfolioIdentity, curve_range: EquityCurveRange, max_points: int | None
-) -> EquityCurve:
-    """Raises PublicError BAD_POINTS."""
-    count_max = POINTS_DEFAULT if max_points is None else max_points
-    if not POINTS_MIN <= count_max <= POINTS_MAX:
-        raise PublicError(ErrorCode.BAD_POINTS, f"maxPoints is {POINTS_MIN} to {POINTS_MAX}")
+@dataclass(frozen=True, slots=True)
+class History:
+    """A range's points, `flows` between them, and the ledger entries `after` < sequence ≤ `last` that they span.
+
+    `shown` leaves out where a portfolio that was opened within the range begins: nobody measured that.
+    """
+
+    resolution: Resolution
+    points: list[CurvePoint]
+    shown: list[CurvePoint]
+    flows: list[Flow]
+    after: int
+    last: int
+
+
+async def load_history(context: Context, portfolio: PortfolioIdentity, curve_range: EquityCurveRange) -> History:
+    """What the curve and the performance of a range are both made of."""
     services = context.services
     now_ns = services.clock.now_ns()
     now = to_datetime(now_ns)
@@ -63,8 +91,40 @@ async def load_equity_curve(
         services.snapshots.points(portfolio.portfolio_id, begin, resolution),
         context.hot.mark((portfolio.shard, portfolio.portfolio_id)),
     )
-    points = [
-        EquityPoint(at=_instant(point.at_ns), nav=from_micro(point.nav), quality=point.quality)
-        for point in curve(snapshots, live, now_ns, count_max)
-    ]
-    return EquityCurve(range=curve_range, resolution=resolution, points=points)
+    measured = ending_live(snapshots, live, now_ns)
+    if not measured:
+        return History(resolution, [], [], [], 0, 0)
+    from_opening = begin == portfolio.opened_at
+    points = [opening(to_ns(begin)), *measured] if from_opening else measured
+    after, last = points[0].ledger_sequence, points[-1].ledger_sequence
+    # Read after the mark: what the mark includes is in the ledger by now.
+    flows = await services.ledger.flows(portfolio.portfolio_id, after, last) if last > after else []
+    drawn = curve(points, flows)
+    return History(resolution, drawn, drawn[1:] if from_opening else drawn, flows, after, last)
+
+
+async def load_equity_curve(
+    context: Context, portfolio: PortfolioIdentity, curve_range: EquityCurveRange, max_points: int | None
+) -> EquityCurve:
+    """Raises PublicError BAD_POINTS."""
+    count_max = POINTS_DEFAULT if max_points is None else max_points
+    if not POINTS_MIN <= count_max <= POINTS_MAX:
+        raise PublicError(ErrorCode.BAD_POINTS, f"maxPoints is {POINTS_MIN} to {POINTS_MAX}")
+    history = await load_history(context, portfolio, curve_range)
+    points = [_show(point) for point in thin(history.shown, count_max)]
+    return EquityCurve(range=curve_range, resolution=history.resolution, points=points)
+
+
+def _show(point: CurvePoint) -> EquityPoint:
+    return EquityPoint(
+        at=_instant(point.at_ns),
+        nav=from_micro(point.nav),
+        quality=point.quality,
+        twr_index=_show_index(point.index),
+        high_water_mark=_show_index(point.high_water_mark),
+        drawdown=_show_index(point.drawdown),
+    )
+
+
+def _show_index(value: float | None) -> Decimal | None:
+    return None if value is None else present_ratio(value)

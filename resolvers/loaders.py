@@ -12,13 +12,13 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, cast
 
 from strawberry.dataloader import DataLoader
 
 from engine.assets import Asset, AssetClass, load_catalogue, unclassified
 from engine.marks import Mark
+from engine.messages import Quote
 from engine.positions import HotPosition, PositionValuation, value_position
 from engine.runtime.clock import SECOND_NS, Clock
 from engine.sectors import SectorValue
@@ -39,12 +39,23 @@ EXPECTED_COUNT_MAX = 1_000
 _Part = Literal["mark", "positions", "sectors"]
 
 
-@dataclass(frozen=True, slots=True)
 class ValuedPositions:
-    """All positions of a portfolio by symbol, valued at one set of quotes, beside the mark they belong to."""
+    """The positions of a portfolio at one set of quotes, beside the mark they belong to. Each is valued when asked."""
 
-    mark: Mark
-    valuations: dict[str, PositionValuation]
+    def __init__(
+        self, mark: Mark, held: dict[str, HotPosition], quotes: Mapping[str, Quote], now_ns: int, stale_after_ns: int
+    ) -> None:
+        self.mark = mark
+        self.symbols = sorted(held)
+        self._held = held
+        self._quotes = quotes
+        self._now_ns = now_ns
+        self._stale_after_ns = stale_after_ns
+
+    def value(self, symbol: str) -> PositionValuation:
+        """Raises KeyError for a symbol that is not held."""
+        held, quote = self._held[symbol], self._quotes.get(symbol)
+        return value_position(symbol, held, quote, self.mark.nav, self._now_ns, self._stale_after_ns)
 
 
 class HotLoader:
@@ -53,6 +64,7 @@ class HotLoader:
         self._clock = clock
         self._stale_after_ns = stale_after_s * SECOND_NS
         self._loader: DataLoader[tuple[_Part, Place], object] = DataLoader(self._load)
+        self._quotes: DataLoader[tuple[str, ...], Mapping[str, Quote]] = DataLoader(self._load_quotes)
         self._valued: dict[Place, asyncio.Task[ValuedPositions | None]] = {}
 
     async def mark(self, place: Place) -> Mark | None:
@@ -73,15 +85,13 @@ class HotLoader:
         if mark is None:
             return None
         mark, held = cast(Mark, mark), cast(dict[str, HotPosition], positions)
-        quotes = await self._hot_state.quotes(held)
-        now_ns = self._clock.now_ns()
-        return ValuedPositions(
-            mark,
-            {
-                symbol: value_position(symbol, held[symbol], quotes.get(symbol), mark.nav, now_ns, self._stale_after_ns)
-                for symbol in sorted(held)
-            },
-        )
+        quotes = await self._quotes.load(tuple(held))
+        return ValuedPositions(mark, held, quotes, self._clock.now_ns(), self._stale_after_ns)
+
+    async def _load_quotes(self, wanted: list[tuple[str, ...]]) -> Sequence[Mapping[str, Quote]]:
+        """One read for all portfolios: most hold the same symbols, and each read takes a connection."""
+        quotes = await self._hot_state.quotes(symbol for symbols in wanted for symbol in symbols)
+        return [quotes] * len(wanted)
 
     async def _load(self, keys: list[tuple[_Part, Place]]) -> Sequence[object]:
         wanted: dict[_Part, list[Place]] = {"mark": [], "positions": [], "sectors": []}

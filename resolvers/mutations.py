@@ -4,6 +4,10 @@ The answer says that the event is safe in the log, not that it is booked: the ev
 two, and what it refuses becomes a dead letter. Rules that need no state are checked before anything is sent, and
 answered with the code of engine.messages.EventRejected. The client may give the `eventId`: sending the same one
 again changes nothing, which makes a retry after UNAVAILABLE safe.
+
+The ledger takes an event id once, whoever's it is. So that nobody can use up an id of somebody else's, the event
+gets `<portfolioId>/<eventId>`; `/` is not taken in the client's part, so that the full id names one portfolio. An id
+that is made up is a UUID without a `/`, which no client can give.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import uuid_utils
 
 from engine.amounts import plain
 from engine.messages import (
+    IDENTIFIER_LENGTH_MAX,
     CashEvent,
     EventRejected,
     FillEvent,
@@ -30,6 +35,11 @@ from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import SCOPE_LEDGER_WRITE, Context, Info
 from resolvers.enums import Side
 from resolvers.errors import ErrorCode, PublicError, not_found
+
+EVENT_ID = (
+    "Idempotency key, within the portfolio; made up when left out. The event's id is <portfolioId>/<eventId>: letters, "
+    "digits and ._:=^@- of at most 64 characters together."
+)
 
 
 class CashMovementKind(StrEnum):
@@ -52,7 +62,12 @@ strawberry.enum(
 
 @strawberry.type(description="Kafka's acknowledgement of an event: it will be booked or refused, and is not lost.")
 class EventReceipt:
-    event_id: strawberry.ID = strawberry.field(description="The event's id; the ledger takes each once.")
+    event_id: strawberry.ID = strawberry.field(
+        description=(
+            "The event's full id, as the ledger shows it: <portfolioId>/<eventId> where the client gave one. The "
+            "ledger takes each once."
+        )
+    )
     portfolio_id: str = strawberry.field(description="The portfolio that the event is for.")
     accepted_at: datetime = strawberry.field(description="When the acknowledgement came.")
     partition: int = strawberry.field(description="The partition of the log, which is the portfolio's shard.")
@@ -64,15 +79,14 @@ class OpenPortfolioInput:
     name: str = strawberry.field(description="What to call it: 1 to 200 printable characters.")
     base_currency: str = strawberry.field(default="USD", description="ISO 4217 code of its currency.")
     portfolio_id: str | None = strawberry.field(
-        default=None, description="Its id: 1 to 64 letters, digits and ._:/=^@-; made up when left out."
+        default=None,
+        description="Its id: 1 to 64 letters, digits and ._:/=^@-; made up when left out. Needed beside an eventId.",
     )
     owner: str | None = strawberry.field(
         default=None, description="Whose it is; only admin may name somebody else. The caller's when left out."
     )
     opened_at: datetime | None = strawberry.field(default=None, description="When; now when left out.")
-    event_id: strawberry.ID | None = strawberry.field(
-        default=None, description="Idempotency key; made up when left out."
-    )
+    event_id: strawberry.ID | None = strawberry.field(default=None, description=EVENT_ID)
 
 
 @strawberry.input(description="An execution.")
@@ -89,9 +103,7 @@ class RecordFillInput:
     executed_at: datetime | None = strawberry.field(default=None, description="When; now when left out.")
     order_id: str | None = strawberry.field(default=None, description="The order's id at its venue.")
     venue: str | None = strawberry.field(default=None, description="Where it was executed.")
-    event_id: strawberry.ID | None = strawberry.field(
-        default=None, description="Idempotency key; made up when left out."
-    )
+    event_id: strawberry.ID | None = strawberry.field(default=None, description=EVENT_ID)
 
 
 @strawberry.input(description="A movement of cash into or out of a portfolio; the kind gives the direction.")
@@ -104,9 +116,7 @@ class RecordCashMovementInput:
     )
     effective_at: datetime | None = strawberry.field(default=None, description="When; now when left out.")
     reference: str | None = strawberry.field(default=None, description="What to call it; at most 200 characters.")
-    event_id: strawberry.ID | None = strawberry.field(
-        default=None, description="Idempotency key; made up when left out."
-    )
+    event_id: strawberry.ID | None = strawberry.field(default=None, description=EVENT_ID)
 
 
 async def open_portfolio(info: Info, input: OpenPortfolioInput) -> EventReceipt:
@@ -115,9 +125,13 @@ async def open_portfolio(info: Info, input: OpenPortfolioInput) -> EventReceipt:
     owner = access.subject if input.owner is None else input.owner
     if not access.may_see(owner):
         raise PublicError(ErrorCode.FORBIDDEN, "only admin may open a portfolio for somebody else")
+    if input.event_id is not None and input.portfolio_id is None:
+        # Each retry would make up another portfolio, and open all of them.
+        raise PublicError(ErrorCode.BAD_IDENTIFIER, "an eventId needs a portfolioId beside it")
+    portfolio_id = f"p-{uuid_utils.uuid7()}" if input.portfolio_id is None else input.portfolio_id
     event = OpenEvent(
-        event_id=_event_id(input.event_id),
-        portfolio_id=f"p-{uuid_utils.uuid7()}" if input.portfolio_id is None else input.portfolio_id,
+        event_id=_event_id(portfolio_id, input.event_id),
+        portfolio_id=portfolio_id,
         owner=owner,
         name=input.name,
         base_currency=input.base_currency,
@@ -137,7 +151,7 @@ async def record_fill(info: Info, input: RecordFillInput) -> EventReceipt:
     context = info.context
     portfolio = await _writable(context, input.portfolio_id)
     event = FillEvent(
-        event_id=_event_id(input.event_id),
+        event_id=_event_id(portfolio.portfolio_id, input.event_id),
         portfolio_id=portfolio.portfolio_id,
         symbol=input.symbol,
         side=input.side.value,
@@ -157,7 +171,7 @@ async def record_cash_movement(info: Info, input: RecordCashMovementInput) -> Ev
     context = info.context
     portfolio = await _writable(context, input.portfolio_id)
     event = CashEvent(
-        event_id=_event_id(input.event_id),
+        event_id=_event_id(portfolio.portfolio_id, input.event_id),
         portfolio_id=portfolio.portfolio_id,
         kind=input.kind.value,
         amount=plain(input.amount),
@@ -183,8 +197,17 @@ def _check_currency(currency: str, portfolio: PortfolioIdentity) -> None:
         raise PublicError("BAD_CURRENCY", f"the portfolio's base currency is {portfolio.base_currency}")
 
 
-def _event_id(given: str | None) -> str:
-    return str(uuid_utils.uuid7()) if given is None else str(given)
+def _event_id(portfolio_id: str, given: str | None) -> str:
+    """The event's full id. Raises PublicError BAD_IDENTIFIER."""
+    if given is None:
+        return str(uuid_utils.uuid7())
+    event_id = f"{portfolio_id}/{given}"
+    if not given or "/" in given:
+        raise PublicError(ErrorCode.BAD_IDENTIFIER, "eventId has at least one character and no /")
+    if len(event_id) > IDENTIFIER_LENGTH_MAX:
+        text = f"<portfolioId>/<eventId> has {len(event_id)} characters, {IDENTIFIER_LENGTH_MAX} are allowed"
+        raise PublicError(ErrorCode.BAD_IDENTIFIER, text)
+    return event_id
 
 
 def _instant(context: Context, given: datetime | None) -> datetime:

@@ -15,6 +15,7 @@ from resolvers.ledger import LedgerEntry, LedgerFilter, load_ledger
 from resolvers.nav import Valuation, load_valuation
 from resolvers.nodes import Node, write_id
 from resolvers.pages import Connection, check_first, connection, read_cursor, write_cursor
+from resolvers.performance import Performance, load_performance
 from resolvers.positions import Position, load_positions
 from resolvers.sectors import SectorSlice, load_sectors
 
@@ -50,6 +51,10 @@ class Portfolio(Node):
     @resolved("Its NAV over time, ending in the live NAV; at most maxPoints points, 500 when left out.")
     async def equity_curve(self, info: Info, range: EquityCurveRange, max_points: int | None = None) -> EquityCurve:
         return await load_equity_curve(info.context, self.identity, range, max_points)
+
+    @resolved("Its return, risk, drawdown and trades over a range, from the points of equityCurve. Ends live.")
+    async def performance(self, info: Info, range: EquityCurveRange) -> Performance:
+        return await load_performance(info.context, self.identity, range)
 
     @property
     def _place(self) -> tuple[int, str]:

@@ -7,6 +7,7 @@ the portfolio's ledger has grown, not at every tick.
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, closing
 from datetime import datetime
@@ -82,7 +83,10 @@ class PositionUpdate:
     kind: StreamKind = strawberry.field(description="Why this message was sent.")
     portfolio_id: str = strawberry.field(description="The portfolio.")
     positions: list[Position] = strawberry.field(
-        description="The positions that changed, by symbol; all with SNAPSHOT and RESET, none with HEARTBEAT."
+        description=(
+            "The positions that changed, by symbol; all with SNAPSHOT and RESET, none with HEARTBEAT, and perhaps none "
+            "with an UPDATE after an outage."
+        )
     )
     closed_symbols: list[str] = strawberry.field(description="Symbols whose position became flat.")
     as_of: datetime = strawberry.field(description=AS_OF)
@@ -100,7 +104,8 @@ async def load_positions(
     valued = await context.hot.valued_positions(place)
     if valued is None:
         raise not_ready()
-    rows = [row for symbol, row in valued.valuations.items() if symbol > begin][: first + 1]
+    # Only the page is valued: a portfolio may hold thousands.
+    rows = [valued.value(symbol) for symbol in valued.symbols[bisect_right(valued.symbols, begin) :][: first + 1]]
     assets = context.services.assets
     await assets.ensure(row.symbol for row in rows)
     return connection(rows, first, after, _cursor, lambda row: show_position(context, row))
@@ -138,19 +143,24 @@ async def position_updates(
         quotes = stack.enter_context(hub.watch_quotes((), signal))
         held = stack.enter_context(closing(_Held(context, portfolio, quotes, signal)))
         last: Mark | None = None
+        mark: Mark | None = None
+        conflated = 0
+        withheld = False
         while True:
             changed = await pace.changed()
             if not changed:
-                if last is not None:
+                withheld = last is not None and not (marks.current and quotes.current)
+                if last is not None and not withheld:
                     pace.sending()
                     yield _show(portfolio_id, last, StreamKind.HEARTBEAT, [], [], 0)
                 continue
             taken = marks.take()
-            mark = last if taken is None else taken[0]
+            if taken is not None:
+                mark, conflated = taken[0], conflated + taken[1]
             if mark is None:
                 continue
+            kind = kind_of(last, mark)
             try:
-                kind, conflated = kind_of(last, mark), 0 if taken is None else taken[1]
                 changes, closed = await held.changes(mark, whole=kind is not StreamKind.UPDATE)
             except AWAY:
                 # What could not be read is still to be shown: try again, and again, until Redis is back.
@@ -158,10 +168,13 @@ async def position_updates(
                 signal.set()
                 continue
             last = mark
-            if changes or closed or kind is not StreamKind.UPDATE:
+            resumed = withheld and marks.current and quotes.current
+            if changes or closed or kind is not StreamKind.UPDATE or resumed:
+                withheld = withheld and not resumed
                 pace.sending()
                 positions = [show_position(context, row) for row in changes]
                 yield _show(portfolio_id, mark, kind, positions, closed, conflated)
+            conflated = 0
 
 
 class _Held:
@@ -187,6 +200,8 @@ class _Held:
 
     async def changes(self, mark: Mark, whole: bool) -> tuple[list[PositionValuation], list[str]]:
         """The positions that differ from what was shown last (all of them when `whole`), and those now flat."""
+        # Before anything is read: what waits now is no newer than what will be read, and what comes meanwhile is.
+        self._take_quotes()
         if self._read_at != (mark.epoch, mark.ledger_sequence):
             await self._read()
             self._read_at = (mark.epoch, mark.ledger_sequence)
@@ -195,13 +210,7 @@ class _Held:
         elif not self._settled:
             await self._read()
             self._settled = True
-        taken = self._watch.take()
-        if taken is not None:
-            # A quote that waited may be older than one that was just read.
-            for symbol, quote in taken[0].items():
-                known = self._quotes.get(symbol)
-                if known is None or quote.ts_event_ns >= known.ts_event_ns:
-                    self._quotes[symbol] = quote
+        self._take_quotes()
         services = self._context.services
         now_ns, stale_after_ns = services.clock.now_ns(), services.settings.stale_after_s * SECOND_NS
         changes: list[PositionValuation] = []
@@ -215,6 +224,11 @@ class _Held:
         closed = sorted(self._shown.keys() - shown.keys())
         self._shown = shown
         return changes, closed
+
+    def _take_quotes(self) -> None:
+        taken = self._watch.take()
+        if taken is not None:
+            self._quotes.update(taken[0])
 
     def _settle(self) -> None:
         self._settled = False

@@ -34,7 +34,10 @@ class Quote:
 class QuoteUpdate:
     kind: StreamKind = strawberry.field(description="Why this message was sent.")
     quotes: list[Quote] = strawberry.field(
-        description="The quotes that are new, by symbol; all known ones with SNAPSHOT, none with HEARTBEAT."
+        description=(
+            "The quotes that are new, by symbol; all known ones with SNAPSHOT, none with HEARTBEAT, and perhaps none "
+            "with an UPDATE after an outage."
+        )
     )
     conflated: int = strawberry.field(description="How many quotes this message stands for; 0 for HEARTBEAT.")
 
@@ -48,14 +51,19 @@ async def quote_updates(
     signal = asyncio.Event()
     pace = make_pace(context, max_rate_hz, signal)
     kind = StreamKind.SNAPSHOT
+    withheld = False
     with context.services.hub.watch_quotes(wanted, signal) as watch:
         while True:
             changed = await pace.changed()
             taken = watch.take() if changed else None
-            if taken is not None:
+            resumed = withheld and watch.current
+            if taken is not None and (taken[0] or kind is StreamKind.SNAPSHOT or resumed):
+                withheld = withheld and not resumed
                 pace.sending()
                 yield QuoteUpdate(kind=kind, quotes=_show(context, taken[0]), conflated=taken[1])
                 kind = StreamKind.UPDATE
+            elif not changed and not watch.current:
+                withheld = kind is StreamKind.UPDATE
             elif not changed and kind is StreamKind.UPDATE:
                 pace.sending()
                 yield QuoteUpdate(kind=StreamKind.HEARTBEAT, quotes=[], conflated=0)

@@ -39,8 +39,8 @@ async def load_sectors(context: Context, place: tuple[int, str]) -> list[SectorS
     if valued is None:
         raise not_ready()
     assets = context.services.assets
-    await assets.ensure(valued.valuations)
-    live = allocate((assets.get(symbol).sector, row.value) for symbol, row in valued.valuations.items())
+    await assets.ensure(valued.symbols)
+    live = allocate((assets.get(symbol).sector, valued.value(symbol).value) for symbol in valued.symbols)
     before = {held.sector: present(held.weight, WEIGHT_DECIMALS) for held in slices_of(at_last_fill)}
     return [
         SectorSlice(

@@ -5,6 +5,7 @@
     change within the interval     when the interval is over, with the newest value (trailing edge)
     the shard's owner changed      like a change, whatever the values are        RESET
     nothing to send for 15 s       the last value again             HEARTBEAT
+    the live feed is lost          nothing, not even a heartbeat; then, where one was withheld, UPDATE or RESET
 
 The interval is 1 / maxRateHz. While a slow client has not taken the last message, newer values replace each other
 in the watch's one slot; `conflated` says how many marks a message stands for.
@@ -44,8 +45,10 @@ strawberry.enum(
     StreamKind,
     description=(
         "Why a message was sent. SNAPSHOT: the first, complete. UPDATE: something selected changed. HEARTBEAT: "
-        "nothing changed for a while, the last value again. RESET: the shard has a new owner; a fresh and "
-        "complete value, `sequence` begins anew under a greater `epoch`."
+        "nothing changed for a while, the last value again; it means that the value is current. While that is not "
+        "known, because the source of the values is not heard, none is sent, and the first message afterwards is an "
+        "UPDATE or a RESET. RESET: the shard has a new owner; a fresh and complete value, `sequence` begins anew "
+        "under a greater `epoch`."
     ),
 )
 
@@ -109,6 +112,7 @@ async def mark_updates(
     last: Mark | None = None
     shown: list[object] = []
     stands_for = 0
+    withheld = False
     with info.context.services.hub.watch_portfolio(portfolio.shard, portfolio.portfolio_id, signal) as watch:
         while True:
             changed = await pace.changed()
@@ -116,15 +120,20 @@ async def mark_updates(
             if taken is None:
                 if changed or last is None:
                     continue
+                if not watch.current:
+                    withheld = True
+                    continue
                 pace.sending()
                 yield show(portfolio.portfolio_id, last, StreamKind.HEARTBEAT, 0)
                 continue
             kind = kind_of(last, taken[0])
             last, stands_for = taken[0], stands_for + taken[1]
-            update = show(portfolio.portfolio_id, last, kind, stands_for)
+            update = show(portfolio.portfolio_id, last, kind, stands_for or 1)
+            resumed = withheld and watch.current
             values = [getattr(update, name) for name in selected]
-            if kind is StreamKind.UPDATE and values == shown:
+            if kind is StreamKind.UPDATE and values == shown and not resumed:
                 continue
+            withheld = withheld and not resumed
             shown, stands_for = values, 0
             pace.sending()
             yield update

@@ -153,11 +153,29 @@ class LedgerBuilder:
             opened_at,
         )
 
+    async def leases(self, lasting_s: int) -> None:
+        """Let the lease of every shard end in so many seconds."""
+        await self.pool.execute("UPDATE shard SET lease_until = now() + $1 * interval '1 second'", lasting_s)
+
     async def deposit(self, portfolio_id: str, sequence: int, amount: str = "100.25") -> None:
         await self._entry(portfolio_id, sequence, kind="DEPOSIT", amount=Decimal(amount), reference="wire-77")
 
+    async def flow(
+        self, portfolio_id: str, sequence: int, amount: str, nav_before: str, at: datetime, kind: str = "DEPOSIT"
+    ) -> None:
+        """An external flow, booked at `at` when the NAV was `nav_before`."""
+        await self._entry(
+            portfolio_id, sequence, kind=kind, amount=Decimal(amount), nav_before=Decimal(nav_before), recorded_at=at
+        )
+
     async def fill(
-        self, portfolio_id: str, sequence: int, symbol: str = "AAPL", side: str = "BUY", quantity: str = "10"
+        self,
+        portfolio_id: str,
+        sequence: int,
+        symbol: str = "AAPL",
+        side: str = "BUY",
+        quantity: str = "10",
+        realized: str = "0",
     ) -> None:
         await self._entry(
             portfolio_id,
@@ -168,6 +186,7 @@ class LedgerBuilder:
             side=side,
             quantity=Decimal(quantity),
             price=Decimal(100),
+            realized=Decimal(realized),
         )
 
     async def _entry(
@@ -181,13 +200,16 @@ class LedgerBuilder:
         quantity: Decimal | None = None,
         price: Decimal | None = None,
         reference: str | None = None,
+        realized: Decimal = Decimal(0),
+        nav_before: Decimal | None = None,
+        recorded_at: datetime | None = None,
     ) -> None:
         event_id = f"{portfolio_id}-e{sequence}"
         instant = OPENED_AT + timedelta(minutes=sequence)
         await self.pool.execute(
             "INSERT INTO ledger_entry (portfolio_id, sequence, event_id, kind, symbol, side, quantity, price, amount,"
             " fee, realized, cash_after, nav_before, effective_at, recorded_at, reference, content_hash) VALUES"
-            " ($1, $2, $3, $4, $5, $6, $7, $8, $9, 1, 0, $10, NULL, $11, $12, $13, $14)",
+            " ($1, $2, $3, $4, $5, $6, $7, $8, $9, 1, $15, $10, $16, $11, $12, $13, $14)",
             portfolio_id,
             sequence,
             event_id,
@@ -199,16 +221,18 @@ class LedgerBuilder:
             amount,
             Decimal(sequence),
             instant,
-            instant + timedelta(seconds=1),
+            recorded_at or instant + timedelta(seconds=1),
             reference,
             hashlib.sha256(event_id.encode()).digest(),
+            realized,
+            nav_before,
         )
 
-    async def snapshots(self, portfolio_id: str, navs: Mapping[datetime, str]) -> None:
+    async def snapshots(self, portfolio_id: str, navs: Mapping[datetime, str], ledger_sequence: int = 1) -> None:
         await self.pool.executemany(
             "INSERT INTO equity_snapshot (portfolio_id, at, nav, cash, positions_value, quality, marked_at, epoch,"
-            " sequence, ledger_sequence) VALUES ($1, $2, $3, 0, $3, 0, $2, 1, 1, 1)",
-            [(portfolio_id, at, Decimal(nav)) for at, nav in navs.items()],
+            " sequence, ledger_sequence) VALUES ($1, $2, $3, 0, $3, 0, $2, 1, 1, $4)",
+            [(portfolio_id, at, Decimal(nav), ledger_sequence) for at, nav in navs.items()],
         )
 
     async def assets(self, assets: Sequence[Asset]) -> None:

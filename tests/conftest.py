@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 import redis
+from hypothesis import settings
 
 from engine.runtime.embedded import (
     ServerDirectory,
@@ -28,6 +29,10 @@ from engine.runtime.embedded import (
 )
 from engine.runtime.reaper import ChildProcesses
 from engine.stores.migrate import upgrade
+
+# How long an example takes says more about the machine's other work than about the code.
+settings.register_profile("navstream", deadline=None)
+settings.load_profile("navstream")
 
 
 def run_apart(work: Coroutine[Any, Any, None]) -> None:

@@ -215,7 +215,7 @@ def _answers(url: str) -> bool:
 async def _shards_owned(settings: Settings) -> bool:
     pool = await connect_postgres(settings, "system")
     try:
-        owned = await pool.fetchval("SELECT bool_and(lease_until > now()) FROM shard")
+        owned = await pool.fetchval("SELECT bool_and(coalesce(lease_until > now(), false)) FROM shard")
     finally:
         await pool.close()
     return bool(owned)

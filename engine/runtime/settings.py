@@ -72,8 +72,9 @@ class Settings(BaseSettings):
     query_depth_max: int = 12
     query_aliases_max: int = 30
     query_tokens_max: int = 1_000
-    # Rows of one answer, counted before it is run: 200 portfolios of 200 positions would hold the loop for seconds.
-    query_objects_max: int = 10_000
+    # Rows of one answer, counted before it is run: so many hold the loop for about 150 ms, during which nobody else
+    # is served.
+    query_objects_max: int = 5_000
     body_bytes_max: int = 64 * 1024
     ws_message_bytes_max: int = 64 * 1024
     sockets_per_subject_max: int = 100

@@ -9,12 +9,17 @@ again under the same event id changes nothing by it, because the ledger takes an
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from engine.messages import PortfolioEvent, encode_event
+
+# A probe's answer serves whoever asks within the interval, so that many monitors cost the broker no more than one.
+REACH_INTERVAL_MS = 1_000
+REACH_TIMEOUT_MS = 1_500
 
 
 class ProducerAwayError(ConnectionError):
@@ -34,6 +39,9 @@ class EventProducer:
         self._topic = topic
         self._acknowledge_timeout_s = acknowledge_timeout_s
         self._producer: AIOKafkaProducer | None = None
+        self._reaching = asyncio.Lock()
+        self._reached_at_s = -math.inf
+        self._unreached = ""
 
     async def start(self, producer: AIOKafkaProducer) -> None:
         """Take a producer into use. Raises KafkaError, OSError when no broker is reached; may be tried again."""
@@ -49,16 +57,28 @@ class EventProducer:
         return self._producer is not None
 
     async def reach(self) -> None:
-        """Ask the broker about the topic. Raises ProducerAwayError when there is no answer."""
+        """Ask the broker about the topic, at most once in REACH_INTERVAL_MS. Raises ProducerAwayError when it gave
+        no answer within REACH_TIMEOUT_MS."""
         if self._producer is None:
             raise ProducerAwayError("Kafka was not reached yet")
+        async with self._reaching:
+            if asyncio.get_running_loop().time() - self._reached_at_s >= REACH_INTERVAL_MS / 1_000:
+                self._unreached = await self._ask(self._producer)
+                self._reached_at_s = asyncio.get_running_loop().time()
+        if self._unreached:
+            raise ProducerAwayError(self._unreached)
+
+    async def _ask(self, producer: AIOKafkaProducer) -> str:
+        """Why the topic can not be written to; empty when it can."""
         try:
-            await self._producer.client.force_metadata_update()
-            partitions = await self._producer.partitions_for(self._topic)
-        except (KafkaError, OSError) as error:
-            raise ProducerAwayError(str(error)) from error
-        if not partitions:
-            raise ProducerAwayError(f"topic {self._topic} has no partitions")
+            async with asyncio.timeout(REACH_TIMEOUT_MS / 1_000):
+                # What is known of the topic outlives its broker: only this answer says that somebody is there.
+                if not await producer.client.force_metadata_update():
+                    return "no broker answers"
+                partitions = await producer.partitions_for(self._topic)
+        except (KafkaError, OSError, TimeoutError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "" if partitions else f"topic {self._topic} has no partitions"
 
     async def produce(self, event: PortfolioEvent) -> Acknowledgement:
         """Send one event and wait for its acknowledgement. Raises ProducerAwayError."""

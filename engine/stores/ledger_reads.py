@@ -17,7 +17,11 @@ from decimal import Decimal
 import asyncpg
 
 from engine.amounts import to_micro
-from engine.ledger import LedgerEntry, LedgerKind, Side
+from engine.assets import AssetClass
+from engine.equity_curve import Flow
+from engine.ledger import EXTERNAL_FLOWS, LedgerEntry, LedgerKind, Side
+from engine.performance import Trades
+from engine.runtime.clock import to_ns
 
 # A pool may not be there yet when its reader is made: it is asked for at every read, and raises OSError till then.
 PoolSource = Callable[[], asyncpg.Pool]
@@ -65,6 +69,22 @@ _PAGE = f"""
 """  # noqa: S608
 _AFTER = f"""
     SELECT {_ENTRY} FROM ledger_entry WHERE portfolio_id = $1 AND sequence > $2 ORDER BY sequence LIMIT $3
+"""  # noqa: S608
+# What a range reads: the entries of a portfolio after the range's first point up to its last, by ledger sequence.
+_SPAN = "portfolio_id = $1 AND sequence > $2 AND sequence <= $3"
+_FLOWS = f"""
+    SELECT recorded_at, sequence, amount, nav_before FROM ledger_entry
+    WHERE {_SPAN} AND kind = ANY($4::text[]) AND nav_before IS NOT NULL ORDER BY sequence
+"""  # noqa: S608
+_TRADES = f"""
+    SELECT count(*) FILTER (WHERE realized > 0), count(*) FILTER (WHERE realized < 0),
+        coalesce(sum(realized) FILTER (WHERE realized > 0), 0), coalesce(sum(realized) FILTER (WHERE realized < 0), 0)
+    FROM ledger_entry WHERE {_SPAN} AND kind = 'FILL'
+"""  # noqa: S608
+# What was held at some time within the span is held now or was filled in it.
+_HELD_CLASS = f"""
+    SELECT EXISTS (SELECT FROM position JOIN asset USING (symbol) WHERE portfolio_id = $1 AND asset_class = $4)
+        OR EXISTS (SELECT FROM ledger_entry JOIN asset USING (symbol) WHERE {_SPAN} AND asset_class = $4)
 """  # noqa: S608
 _LAST = "SELECT coalesce(max(sequence), 0) FROM ledger_entry WHERE portfolio_id = $1"
 
@@ -114,6 +134,23 @@ class LedgerReads:
         """At most `count_max` entries with a sequence above `sequence`, in order."""
         rows = await self._pool().fetch(_AFTER, portfolio_id, sequence, count_max)
         return [_entry(row) for row in rows]
+
+    async def flows(self, portfolio_id: str, after: int, last: int) -> list[Flow]:
+        """The external flows with `after` < sequence ≤ `last`, in order, each at the instant it was booked."""
+        kinds = [kind.value for kind in EXTERNAL_FLOWS]
+        rows = await self._pool().fetch(_FLOWS, portfolio_id, after, last, kinds)
+        return [Flow(to_ns(at), sequence, to_micro(amount), to_micro(before)) for at, sequence, amount, before in rows]
+
+    async def trades(self, portfolio_id: str, after: int, last: int) -> Trades:
+        """What the fills with `after` < sequence ≤ `last` realised."""
+        row = await self._pool().fetchrow(_TRADES, portfolio_id, after, last)
+        assert row is not None, "an aggregate has one row"
+        wins_count, losses_count, gains, losses = row
+        return Trades(wins_count, losses_count, to_micro(gains), to_micro(losses))
+
+    async def has_held(self, portfolio_id: str, asset_class: AssetClass, after: int, last: int) -> bool:
+        """Whether an asset of this class is held, or was filled in an entry with `after` < sequence ≤ `last`."""
+        return bool(await self._pool().fetchval(_HELD_CLASS, portfolio_id, after, last, asset_class.value))
 
     async def last_sequence(self, portfolio_id: str) -> int:
         """The sequence of the newest entry; 0 when there is none."""

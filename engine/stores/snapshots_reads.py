@@ -14,12 +14,21 @@ from engine.runtime.clock import to_ns
 from engine.stores.ledger_reads import PoolSource
 
 _HOURLY = """
-    SELECT at, (nav * 1000000)::bigint, quality FROM equity_snapshot WHERE portfolio_id = $1 AND at >= $2 ORDER BY at
+    SELECT at, (nav * 1000000)::bigint, quality, ledger_sequence
+    FROM equity_snapshot WHERE portfolio_id = $1 AND at >= $2 ORDER BY at
 """
+# One look-up in the key for each day, so that a day costs the same however many snapshots it has. 24 hours and not
+# 1 day: a day of the session's time zone may have 23 or 25.
 _DAILY = """
-    SELECT DISTINCT ON (date_trunc('day', at AT TIME ZONE 'UTC')) at, (nav * 1000000)::bigint, quality
-    FROM equity_snapshot WHERE portfolio_id = $1 AND at >= $2
-    ORDER BY date_trunc('day', at AT TIME ZONE 'UTC'), at DESC
+    SELECT of_day.* FROM generate_series(
+        date_trunc('day', $2::timestamptz, 'UTC'),
+        (SELECT max(at) FROM equity_snapshot WHERE portfolio_id = $1),
+        interval '24 hours'
+    ) AS day, LATERAL (
+        SELECT at, (nav * 1000000)::bigint, quality, ledger_sequence FROM equity_snapshot
+        WHERE portfolio_id = $1 AND at >= greatest(day, $2) AND at < day + interval '24 hours'
+        ORDER BY at DESC LIMIT 1
+    ) AS of_day ORDER BY day
 """
 # Looking up is a tenth of what calling the enum costs, and a curve has hundreds of points.
 _QUALITIES = {quality.value: quality for quality in MarkQuality}
@@ -35,4 +44,4 @@ class SnapshotsReads:
         """The snapshots since `begin`, ascending: all of them, or the last of each UTC day."""
         statement = _DAILY if resolution is Resolution.DAILY else _HOURLY
         rows = await self._pool().fetch(statement, portfolio_id, begin)
-        return [EquityPoint(to_ns(at), nav_micro, _QUALITIES[quality]) for at, nav_micro, quality in rows]
+        return [EquityPoint(to_ns(at), nav_micro, _QUALITIES[quality], seen) for at, nav_micro, quality, seen in rows]

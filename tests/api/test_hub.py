@@ -58,6 +58,66 @@ async def test_quotes_wait_for_the_first_fill_and_keep_what_overtook_it() -> Non
         assert slot.take() == ({"B": quote("B", "4", 4)}, 1)
 
 
+async def test_quotes_follow_each_other_whatever_their_sources_stamped() -> None:
+    hub, signal = Hub(), asyncio.Event()
+    hub.quotes_live(True)
+    with hub.watch_quotes(["A"], signal) as slot:
+        hub.take_unread()
+        hub.fill_quotes(["A"], {"A": quote("A", "1", ts_event_ns=50)})
+        assert slot.take() == ({"A": quote("A", "1", 50)}, 1)
+        hub.deliver_quotes([quote("A", "2", ts_event_ns=40)])
+        assert slot.take() == ({"A": quote("A", "2", 40)}, 1)
+        # After a gap `prices` counts, also when it is stamped earlier than what a frame said before.
+        hub.reread_quotes()
+        hub.take_unread()
+        hub.fill_quotes(["A"], {"A": quote("A", "3", ts_event_ns=30)})
+        assert slot.take() == ({"A": quote("A", "3", 30)}, 1)
+
+
+async def test_a_frame_beats_the_read_that_it_overtook_and_no_later_one() -> None:
+    hub, signal = Hub(), asyncio.Event()
+    hub.quotes_live(True)
+    with hub.watch_quotes(["A"], signal) as slot:
+        hub.take_unread()
+        hub.deliver_quotes([quote("A", "2")])
+        hub.fill_quotes(["A"], {"A": quote("A", "1")})
+        assert slot.take() == ({"A": quote("A", "2")}, 1)
+        # A reading that fails is none: the frame came before the one that succeeds.
+        hub.reread_quotes()
+        places, symbols = hub.take_unread()
+        hub.deliver_quotes([quote("A", "3")])
+        hub.put_back(places, symbols)
+        hub.take_unread()
+        hub.fill_quotes(["A"], {"A": quote("A", "4")})
+        assert slot.take() == ({"A": quote("A", "4")}, 2)
+
+
+async def test_a_slot_is_current_while_its_channel_is_live_and_heard() -> None:
+    hub, signal = Hub(), asyncio.Event()
+    with hub.watch_portfolio(0, "p", signal) as slot:
+        hub.deliver_mark((0, "p"), MARK)
+        assert slot.take() == (MARK, 1) and not slot.current
+        hub.shard_live(0, True)
+        hub.deliver_mark((0, "p"), MARK)
+        assert slot.take() == (MARK, 0) and slot.current
+        hub.deliver_mark((0, "p"), MARK)
+        assert slot.take() is None
+        hub.shard_live(0, False)
+        assert not slot.current
+        hub.shard_live(0, True)
+        hub.shard_heard(0, False)
+        hub.deliver_mark((0, "p"), MARK)
+        assert slot.take() is None and not slot.current
+        hub.take_unread()
+        hub.shard_heard(0, True)
+        assert hub.take_unread() == ({(0, "p")}, set())
+        # What a Redis restored from an old copy says is not what was shown.
+        hub.deliver_mark((0, "p"), replace(MARK, sequence=0))
+        assert slot.take() is None and not slot.current
+        hub.deliver_mark((0, "p"), MARK)
+        assert slot.take() == (MARK, 0) and slot.current
+
+
 async def test_nothing_is_left_behind() -> None:
     hub, signal = Hub(), asyncio.Event()
     with hub.watch_portfolio(0, "p", signal), hub.watch_portfolio(0, "p", signal), hub.watch_quotes(["A"], signal):

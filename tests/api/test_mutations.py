@@ -83,7 +83,8 @@ async def test_record_fill_keeps_every_digit(writing: Gateway) -> None:
         receipt = (await writing.ask(FILL, {"in": given}))["recordFill"]
         key, event = await produced(writing, receipt)
     assert isinstance(event, FillEvent)
-    assert (key, event.event_id, event.side) == (name.encode(), "my-own-key", "SELL")
+    assert (key, event.event_id, event.side) == (name.encode(), f"{name}/my-own-key", "SELL")
+    assert receipt["eventId"] == f"{name}/my-own-key"
     assert (event.quantity, event.price, event.fee) == ("0.123456789012", "98765.4321", "1.000001")
     assert (event.currency, event.order_id, event.venue) == ("USD", "o-9", "SIM")
     assert event.executed_at == datetime(2026, 11, 22, 10, 15, 30, 123456, tzinfo=UTC)
@@ -123,6 +124,9 @@ FILL_INPUT = {"symbol": "AAPL", "side": "BUY", "quantity": "1", "price": "1"}
         ({"currency": "EUR"}, "BAD_CURRENCY"),
         ({"currency": "XXX"}, "BAD_CURRENCY"),
         ({"eventId": "a b"}, "BAD_IDENTIFIER"),
+        ({"eventId": ""}, "BAD_IDENTIFIER"),
+        ({"eventId": "a/b"}, "BAD_IDENTIFIER"),
+        ({"eventId": "x" * 64}, "BAD_IDENTIFIER"),
         ({"venue": "x" * 201}, "BAD_TEXT"),
         ({"executedAt": "1969-12-31T00:00:00Z"}, "BAD_INSTANT"),
         ({"quantity": 1}, "GRAPHQL_VALIDATION_FAILED"),
@@ -181,9 +185,52 @@ async def test_a_taken_id_does_not_become_ones_own_by_opening_it(writing: Gatewa
 
 
 async def test_ready_when_all_answer(writing: Gateway) -> None:
+    await booked(writing)
+    await writing.ledger.leases(60)
     async with writing.client() as client:
         ready = await client.get("/readyz")
     assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
+
+
+async def test_the_same_event_id_in_two_portfolios_is_two_events(writing: Gateway) -> None:
+    anns, bobs = await booked(writing, "ann"), await booked(writing, "bob")
+    ids = []
+    for name, token in ((anns, writing.token("ann")), (bobs, writing.token("bob"))):
+        given = {"portfolioId": name, "kind": "DEPOSIT", "amount": "1", "eventId": "order-1"}
+        receipt = (await writing.ask(CASH, {"in": given}, token))["recordCashMovement"]
+        _, event = await produced(writing, receipt)
+        assert event.event_id == receipt["eventId"]
+        ids.append(event.event_id)
+    assert ids == [f"{anns}/order-1", f"{bobs}/order-1"]
+
+
+async def test_no_portfolio_reaches_into_the_event_ids_of_another(writing: Gateway) -> None:
+    # "a/b" + "c" and "a" + "b/c" would be one id.
+    await writing.ledger.portfolio("a", "ann", 1)
+    await writing.ledger.portfolio("a/b", "bob", 1)
+    given = {"kind": "DEPOSIT", "amount": "1"}
+    bobs = {"in": {**given, "portfolioId": "a/b", "eventId": "c"}}
+    assert (await writing.ask(CASH, bobs, writing.token("bob")))["recordCashMovement"]["eventId"] == "a/b/c"
+    anns = {"in": {**given, "portfolioId": "a", "eventId": "b/c"}}
+    assert await writing.codes(CASH, anns) == ["BAD_IDENTIFIER"]
+
+
+async def test_an_event_id_that_does_not_fit_says_how_long_it_is(writing: Gateway) -> None:
+    name = await booked(writing)
+    given = {"portfolioId": name, **FILL_INPUT, "eventId": "x" * (63 - len(name))}
+    await writing.ask(FILL, {"in": given})
+    answer = (await writing.post(FILL, {"in": {**given, "eventId": given["eventId"] + "x"}})).json()
+    assert answer["errors"][0]["extensions"]["code"] == "BAD_IDENTIFIER"
+    assert "has 65 characters, 64 are allowed" in answer["errors"][0]["message"]
+
+
+async def test_an_opening_is_retried_under_the_id_of_its_portfolio(writing: Gateway) -> None:
+    name = f"p-{uuid.uuid4().hex[:8]}"
+    given = {"name": "x", "portfolioId": name, "eventId": "open"}
+    for _ in range(2):
+        receipt = (await writing.ask(OPEN, {"in": given}))["openPortfolio"]
+        assert (receipt["portfolioId"], receipt["eventId"]) == (name, f"{name}/open")
+    assert await writing.codes(OPEN, {"in": {"name": "x", "eventId": "open"}}) == ["BAD_IDENTIFIER"]
 
 
 async def test_unavailable_without_a_broker(gateway: Gateway) -> None:

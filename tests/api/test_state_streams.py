@@ -8,6 +8,7 @@ import time
 import pytest
 
 from engine.messages import Quote
+from resolvers.positions import SETTLE_INTERVAL_S
 from tests.builders import MICRO, MarkRow, frame, held
 from tests.gateway import Gateway, Stream
 
@@ -280,6 +281,30 @@ async def test_position_updates_are_those_that_changed(gateway: Gateway, shard: 
         kind, rows, closed = await positions_of(stream)
         assert (kind, set(rows), closed) == ("RESET", {two, new}, [])
     await gateway.watches(0)
+
+
+async def test_positions_take_quotes_in_their_order_of_publication(
+    gateway: Gateway, shard: int, portfolio_id: str
+) -> None:
+    now_ns, symbol = time.time_ns(), f"D{shard}"
+    row = await begin(gateway, shard, portfolio_id)
+    await gateway.redis.positions(shard, portfolio_id, {symbol: held("1", 10)})
+    await gateway.redis.quotes([Quote(symbol, "10", now_ns, "FAST", 1)])
+    async with gateway.socket() as socket:
+        stream = await socket.subscribe(POSITIONS, {"id": portfolio_id})
+        assert (await positions_of(stream))[1] == {symbol: ("1", "10")}
+        await asyncio.sleep(SETTLE_INTERVAL_S + 0.3)  # from here on nothing is read until the next fill
+        # Another source's clock is behind.
+        await gateway.redis.quote("feed", 1, [Quote(symbol, "11", now_ns - 10**9, "SLOW", 1)])
+        assert (await positions_of(stream))[1] == {symbol: ("1", "11")}
+        # A quote that waits while a fill is read is older than what the read finds.
+        await gateway.redis.positions(shard, portfolio_id, {symbol: held("2", 20)})
+        await gateway.redis.quote("feed", 2, [Quote(symbol, "12", now_ns + 1, "FAST", 2)])
+        await gateway.redis.quotes([Quote(symbol, "13", now_ns - 10**9, "SLOW", 2)])
+        await gateway.redis.flush(shard, 1, 2, {portfolio_id: row.at(2, ledger_sequence=2)})
+        rows: dict[str, tuple[str, str | None]] = {}
+        while rows.get(symbol) != ("2", "13"):
+            rows = (await positions_of(stream))[1]
 
 
 async def test_positions_written_a_moment_after_their_mark_are_shown(

@@ -157,7 +157,7 @@ async def test_page_size_is_refused(gateway: Gateway, portfolio_id: str, field: 
     )
     codes = await gateway.codes(query, {"id": portfolio_id, "n": first})
     # So large a page is refused before anything is read, as too costly.
-    assert codes == (["QUERY_TOO_COSTLY"] if first > 10_000 else ["PAGE_SIZE"])
+    assert codes == (["QUERY_TOO_COSTLY"] if first > gateway.settings.query_objects_max else ["PAGE_SIZE"])
 
 
 @pytest.mark.parametrize(
@@ -334,6 +334,22 @@ async def test_many_portfolios_are_read_in_one_pipeline(gateway: Gateway) -> Non
     assert navs[:2] == ["0", "0.000001"]
     assert len(navs) == 20
     assert after - before == 2  # one for each of the two shards
+
+
+async def test_positions_of_many_portfolios_take_few_connections(gateway: Gateway) -> None:
+    # As many as a page has, and more than the pool has connections.
+    names = [f"eve-{number:03}" for number in range(150)]
+    for name in names:
+        await gateway.ledger.portfolio(name, "eve", 42)
+        await gateway.redis.positions(42, name, {"AAPL": held("1", 10), name.upper(): held("2", 20)})
+    await gateway.redis.point(42, 1)
+    await gateway.redis.marks(42, 1, {name: MarkRow() for name in names})
+    await gateway.redis.quotes([Quote("AAPL", "12", time.time_ns(), "SIM", 1)])
+    query = """{ viewer { portfolios(first: 200) { edges { node {
+        positions(first: 2) { edges { node { price } } } } } } } }"""
+    data = await gateway.ask(query, None, gateway.token("eve"))
+    shown = [edge["node"]["positions"]["edges"] for edge in data["viewer"]["portfolios"]["edges"]]
+    assert shown == [[{"node": {"price": "12"}}, {"node": {"price": None}}]] * 150
 
 
 async def test_assets_and_node(gateway: Gateway, portfolio_id: str) -> None:

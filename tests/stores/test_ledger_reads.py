@@ -6,10 +6,14 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
+import pytest
 import pytest_asyncio
 
-from engine.equity_curve import Resolution
+from engine.assets import Asset, AssetClass
+from engine.equity_curve import Flow, Resolution
 from engine.ledger import LedgerKind, Side
+from engine.performance import Trades
+from engine.runtime.clock import to_ns
 from engine.stores.ledger_reads import LedgerReads, LedgerSelection
 from engine.stores.snapshots_reads import SnapshotsReads
 from tests.builders import OPENED_AT, LedgerBuilder
@@ -60,13 +64,67 @@ async def test_ledger(pool: asyncpg.Pool) -> None:
     assert (await reads.last_sequence("b-1"), await reads.last_sequence("none")) == (3, 0)
 
 
+async def test_flows_are_cut_by_sequence_and_carry_their_booking(pool: asyncpg.Pool) -> None:
+    builder, reads = LedgerBuilder(pool), LedgerReads(lambda: pool)
+    await builder.portfolio("f-1")
+    booked_at = datetime(2026, 2, 3, 4, 5, 6, 789012, tzinfo=UTC)
+    await builder.flow("f-1", 2, "100.000001", "0", booked_at)
+    await builder.fill("f-1", 3)
+    await builder.flow("f-1", 4, "-40", "99.5", booked_at, "WITHDRAWAL")
+    await builder.flow("f-1", 5, "7", "60", booked_at, "REWARD")
+    await builder.flow("f-1", 6, "3", "67", booked_at, "INTEREST")
+    at_ns = to_ns(booked_at)
+    expected = [Flow(at_ns, 2, 100_000_001, 0), Flow(at_ns, 4, -40_000_000, 99_500_000)]
+    assert await reads.flows("f-1", 0, 4) == expected
+    assert [flow.ledger_sequence for flow in await reads.flows("f-1", 2, 99)] == [4, 5]
+    assert await reads.flows("f-1", 5, 99) == await reads.flows("none", 0, 99) == []
+
+
+async def test_trades_are_the_fills_that_realised_something(pool: asyncpg.Pool) -> None:
+    builder, reads = LedgerBuilder(pool), LedgerReads(lambda: pool)
+    await builder.portfolio("g-1")
+    for sequence, realized in enumerate(("0", "12.000001", "-3", "0.5", "-0.000001"), 1):
+        await builder.fill("g-1", sequence, realized=realized)
+    assert await reads.trades("g-1", 0, 9) == Trades(2, 2, 12_500_001, -3_000_001)
+    assert await reads.trades("g-1", 2, 4) == Trades(1, 1, 500_000, -3_000_000)
+    assert await reads.trades("g-1", 9, 9) == Trades(0, 0, 0, 0)
+
+
+async def test_a_class_is_held_when_it_was_filled_in_the_span_or_is_held_now(pool: asyncpg.Pool) -> None:
+    builder, reads = LedgerBuilder(pool), LedgerReads(lambda: pool)
+    await builder.portfolio("h-1")
+    await builder.assets([Asset("H-BTC", "", AssetClass.CRYPTO, "", ""), Asset("H-EQ", "", AssetClass.EQUITY, "", "")])
+    await builder.fill("h-1", 1, "H-BTC")
+    await builder.fill("h-1", 2, "H-EQ")
+    assert await reads.has_held("h-1", AssetClass.CRYPTO, 0, 2)
+    assert not await reads.has_held("h-1", AssetClass.CRYPTO, 1, 2)
+    assert not await reads.has_held("h-1", AssetClass.COMMODITY, 0, 2)
+    await pool.execute("INSERT INTO position VALUES ('h-1', 'H-BTC', 1, 1, 0, now())")
+    assert await reads.has_held("h-1", AssetClass.CRYPTO, 1, 2)
+
+
 async def test_snapshots(pool: asyncpg.Pool) -> None:
     builder, reads = LedgerBuilder(pool), SnapshotsReads(lambda: pool)
     midnight = datetime(2026, 11, 20, tzinfo=UTC)
     hours = (-1, 0, 5, 23, 24, 30)
-    await builder.snapshots("c-1", {midnight + timedelta(hours=hour): f"{100 + hour}.000001" for hour in hours})
+    await builder.snapshots("c-1", {midnight + timedelta(hours=hour): f"{100 + hour}.000001" for hour in hours}, 42)
     hourly = await reads.points("c-1", midnight, Resolution.HOURLY)
     assert [one.nav for one in hourly] == [100_000_001, 105_000_001, 123_000_001, 124_000_001, 130_000_001]
+    assert {one.ledger_sequence for one in hourly} == {42}
     daily = await reads.points("c-1", midnight - timedelta(days=9), Resolution.DAILY)
     assert [one.nav for one in daily] == [99_000_001, 123_000_001, 130_000_001]
     assert daily[1].at_ns == int((midnight + timedelta(hours=23)).timestamp()) * 10**9
+    later = await reads.points("c-1", midnight + timedelta(hours=23, seconds=1), Resolution.DAILY)
+    assert [one.nav for one in later] == [130_000_001]
+    assert await reads.points("none", midnight, Resolution.DAILY) == []
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Kolkata"])
+async def test_days_are_utc_days_whatever_the_time_zone_of_the_session(database: str, zone: str) -> None:
+    """Over the night of 8 March 2026, when New York has 23 hours."""
+    begin, name = datetime(2026, 3, 7, tzinfo=UTC), f"d-{zone}"
+    async with asyncpg.create_pool(database, min_size=1, max_size=1, server_settings={"timezone": zone}) as pool:
+        navs = {begin + timedelta(hours=hour): str(hour) for hour in range(24 * 4)}
+        await LedgerBuilder(pool).snapshots(name, navs)
+        daily = await SnapshotsReads(lambda: pool).points(name, begin, Resolution.DAILY)
+    assert [one.nav // 1_000_000 for one in daily] == [23, 47, 71, 95]
