@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import book, hot_write, seed_system
+from benchmarks import book, history, hot_write, seed_system
 
-BENCHMARKS = {"book": book.run, "hot_write": hot_write.run, "seed_system": seed_system.run}
+BENCHMARKS = {
+    "book": book.run,
+    "history": history.run,
+    "hot_write": hot_write.run,
+    "seed_system": seed_system.run,
+}
 
 
 def main() -> None:

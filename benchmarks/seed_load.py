@@ -29,6 +29,10 @@ OPENED_AT = datetime(2026, 11, 1, tzinfo=UTC)
 DEPOSIT = "10000000"
 
 
+def portfolio_id(number: int) -> str:
+    return f"p-{number:06d}"
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """`held[p]` are the asset numbers of portfolio p, `quantities[p]` its whole quantities."""
@@ -41,7 +45,7 @@ class Load:
         return f"A{asset:03d}"
 
     def portfolio_id(self, number: int) -> str:
-        return f"p-{number:06d}"
+        return portfolio_id(number)
 
 
 def make_load(portfolios_count: int = PORTFOLIOS_COUNT) -> Load:
