@@ -22,7 +22,6 @@ import uvloop
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-from rich.syntax import Syntax
 
 from engine.runtime.clock import Clock, make_clock
 from engine.runtime.connections import AWAY
@@ -168,8 +167,8 @@ def print_demo(ready: ReadyFile, settings: Settings) -> None:
     console.print("Development token, for the headers pane or `Authorization: Bearer …`:")
     sys.stdout.write(f"\n{signed}\n\n")
     console.print("Three operations to paste:")
-    for operation in DEMO_OPERATIONS:
-        console.print(Syntax(operation, "graphql", background_color="default"))
+    # Written plainly: what is to be pasted must not be cut at the terminal's width.
+    sys.stdout.write("\n" + "\n\n".join(DEMO_OPERATIONS) + "\n\n")
     if ready.market_clock:
         console.print("Splits and dividends of the recorded year are not applied yet: prices of those days jump.")
     console.print("Ctrl-C ends everything.")
@@ -252,7 +251,8 @@ def traders(
 
 @app.command()
 def reconcile(ready_file: Ready = None) -> None:
-    """Compare hot state with a Decimal fold of the ledger for every portfolio; exit 1 on any difference.
+    """Compare hot state with a Decimal fold of the ledger for every portfolio; exit 1 on any difference, 3 when a
+    server is away.
 
     Example: `navstream reconcile --ready-file ready.json`
     """
@@ -355,6 +355,8 @@ def assets_load(
         count = asyncio.run(load_assets(settings, file.read_text()))
     except ValueError as error:
         fail(f"{file}: {error}")
+    except AWAY as error:
+        fail(f"could not load: {type(error).__name__}: {error}", 3)
     console.print(f"{count} assets loaded", highlight=False)
 
 

@@ -307,7 +307,8 @@ class Evaluator:
         for letter in letters:
             telemetry.EVENTS.labels("dead_letter").inc()
             telemetry.DEAD_LETTERS.labels(letter.code).inc()
-            _log.warning("dead_letter", code=letter.code, reason=letter.reason, offset=letter.record.offset)
+            place = {"partition": lease.shard, "offset": letter.record.offset}
+            _log.warning("dead_letter", code=letter.code, reason=letter.reason, **place)
         await asyncio.gather(*(self._produce_dead_letter(lease, letter) for letter in letters))
 
     async def _produce_dead_letter(self, lease: Lease, letter: DeadLetter) -> None:

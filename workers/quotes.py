@@ -130,7 +130,7 @@ async def _take_in(feed: Feed, clock: Clock, quote_filter: QuoteFilter, publishe
             SYMBOLS.set(quote_filter.symbols_count)
             # A feed with a backlog never really waits; publishing must get its turn all the same.
             await asyncio.sleep(0)
-    _log.info("feed_ended", feed=feed.name)
+    _log.warning("feed_ended", feed=feed.name)  # prices stand still from here on, which somebody should know
 
 
 async def _publish_until(stop: asyncio.Event, publisher: QuotesPublisher, interval_s: float) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import socket
 import sys
 import time
 import urllib.error
@@ -73,6 +74,8 @@ def run_system(
     if options.ready_file is not None:
         # What an earlier system left behind when it was killed is not this one's.
         options.ready_file.unlink(missing_ok=True)
+    if not _is_free(settings.host, settings.port):
+        fail(f"port {settings.port} on {settings.host} is taken: choose another one with --port")
     with ChildProcesses() as children:
         try:
             settings, server_pids = _start_servers(settings, options, children)
@@ -82,7 +85,7 @@ def run_system(
             fail(str(error))
         supervisor = Supervisor(children)
         metrics_ports = _start_roles(supervisor, settings, options)
-        _wait_until_ready(settings, supervisor, fail)
+        _wait_until_ready(settings, options, supervisor, fail)
         ready = _ready_file(settings, {**server_pids, **supervisor.pids, "system": os.getpid()}, metrics_ports)
         if options.ready_file is not None:
             _write_ready_file(options.ready_file, ready)
@@ -178,10 +181,12 @@ def _start_roles(supervisor: Supervisor, settings: Settings, options: SystemOpti
     return metrics_ports | {"api": settings.port}
 
 
-def _wait_until_ready(settings: Settings, supervisor: Supervisor, fail: Callable[[str], NoReturn]) -> None:
+def _wait_until_ready(
+    settings: Settings, options: SystemOptions, supervisor: Supervisor, fail: Callable[[str], NoReturn]
+) -> None:
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     url = f"http://{settings.host}:{settings.port}/readyz"
-    while not (_answers(url) and asyncio.run(_shards_owned(settings))):
+    while not (_answers(url) and asyncio.run(_is_complete(settings, options))):
         if time.monotonic() > deadline_s:
             fail(f"not ready within {READY_TIMEOUT_S} s: see the log above and {url}")
         time.sleep(READY_POLL_INTERVAL_S)
@@ -212,13 +217,25 @@ def _answers(url: str) -> bool:
         return False
 
 
-async def _shards_owned(settings: Settings) -> bool:
+async def _is_complete(settings: Settings, options: SystemOptions) -> bool:
+    """Every shard has an owner, and the demo's portfolios are there to be looked at."""
     pool = await connect_postgres(settings, "system")
     try:
         owned = await pool.fetchval("SELECT bool_and(coalesce(lease_until > now(), false)) FROM shard")
+        count = await pool.fetchval("SELECT count(*) FROM portfolio WHERE ledger_sequence > 1")
     finally:
         await pool.close()
-    return bool(owned)
+    return bool(owned) and count >= options.demo_portfolios
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def _remove_ready_file(path: Path, ready: ReadyFile) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -235,6 +236,23 @@ def test_commands_say_what_is_missing() -> None:
         assert "NAVSTREAM_REDIS_URL" in answer.stderr
     assert "NAVSTREAM_KAFKA_BOOTSTRAP" in navstream("events", __file__).stderr
     assert "JWT_SECRET" in navstream("token", "--sub", "s", "--scope", "portfolio:read").stderr
+
+
+def test_a_taken_port_is_one_clear_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        answer = navstream("up", "--port", str(port))
+    assert answer.returncode == 2
+    assert answer.stderr.strip() == f"port {port} on 127.0.0.1 is taken: choose another one with --port"
+
+
+def test_a_server_that_is_away_is_told_from_a_difference(tmp_path: Path) -> None:
+    away = {"NAVSTREAM_REDIS_URL": "redis://127.0.0.1:1", "NAVSTREAM_POSTGRES_URL": "postgresql://a:b@127.0.0.1:1/c"}
+    answer = navstream("reconcile", **away)
+    assert (answer.returncode, "Traceback" in answer.stderr) == (3, False)
+    assert answer.stderr.startswith("could not reconcile")
 
 
 def test_bad_arguments_end_with_one_clear_line(tmp_path: Path) -> None:

@@ -297,5 +297,5 @@ def test_a_bad_specification_is_a_clear_error(spec: str) -> None:
 
 def test_a_replay_without_a_market_clock_is_refused(tmp_path: Path) -> None:
     path = write_bars(tmp_path)
-    with pytest.raises(ValueError, match="market clock"):
+    with pytest.raises(ValueError, match="wall time"):
         make_feed(f"replay:{path}", WallClock())

@@ -51,7 +51,7 @@ def _simulated(rate: str, clock: Clock, seed: int) -> Feed:
 def _replay(rest: str, clock: Clock) -> Feed:
     path, _ = parse_replay(rest)
     if not isinstance(clock, MarketClock):
-        raise ValueError("a replay runs on a market clock (NAVSTREAM_MARKET_CLOCK), which the program plans")
+        raise ValueError("this system runs on wall time: start it with `navstream up --feed replay:FILE[@SPEED]`")
     try:
         return ReplayFeed(path, clock)
     except OSError as error:
