@@ -16,12 +16,11 @@ import httpx
 import uvicorn
 import websockets
 from pydantic import SecretStr
-from redis.asyncio import Redis
 
 from api.app import Application, create_app, listening_socket, server_config
 from api.auth import issue_token
 from engine.runtime.clock import WallClock
-from engine.runtime.connections import connect_postgres
+from engine.runtime.connections import connect_postgres, connect_redis
 from engine.runtime.settings import Settings
 from tests.builders import HotStateBuilder, LedgerBuilder
 
@@ -208,7 +207,7 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Application, str]]:
 @asynccontextmanager
 async def gateway_of(settings: Settings) -> AsyncIterator[Gateway]:
     """A gateway that has reached PostgreSQL, with builders for the state behind it."""
-    redis = Redis.from_url(settings.redis_url, protocol=3)
+    redis = connect_redis(settings, "test")
     pool: asyncpg.Pool = await connect_postgres(settings, "test")
     try:
         async with running(settings) as (application, url):

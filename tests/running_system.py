@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import asyncpg
 import pytest
-import redis.asyncio
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from engine.marks import Mark, decode_mark
@@ -26,7 +25,7 @@ from engine.messages import (
     quote_frame_encoder,
 )
 from engine.runtime.clock import WallClock
-from engine.runtime.connections import postgres_dsn
+from engine.runtime.connections import connect_redis, postgres_dsn
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 from workers.evaluator import Evaluator
@@ -76,7 +75,8 @@ class System:
         self.settings = settings
         self.producer = producer
         self.pool = pool
-        self.redis = redis.asyncio.Redis.from_url(settings.redis_url, protocol=3)
+        # Its commands can be cancelled for good, which tasks of the tests rely on.
+        self.redis = connect_redis(settings, "test")
         self._frames = 0
 
     async def send(self, *events: PortfolioEvent) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from engine.messages import Quote
 from engine.positions import HotPosition
-from engine.runtime.connections import connect_postgres
+from engine.runtime.connections import connect_postgres, connect_redis
 from tests.builders import MICRO, HotStateBuilder, LedgerBuilder, MarkRow, frame, held
 from tests.gateway import WAIT_S, Gateway, Stream, gateway_of, make_settings, running
 from tests.proxy import Proxy
@@ -31,7 +30,7 @@ async def behind(redis: Proxy, postgres: Proxy, valkey_url: str, **changes: Any)
     """A gateway behind proxies, whose builders go straight to the servers."""
     settings = make_settings(redis.url, postgres.url, **changes)
     async with gateway_of(settings) as gateway:
-        direct = Redis.from_url(valkey_url, protocol=3)
+        direct = connect_redis(settings.model_copy(update={"redis_url": valkey_url}), "test")
         gateway.redis = HotStateBuilder(direct)
         try:
             yield gateway
@@ -282,7 +281,7 @@ async def test_starts_with_everything_away_and_recovers(valkey_url: str, databas
         await redis.go_away()
         await postgres.go_away()
         pool = await connect_postgres(settings.model_copy(update={"postgres_url": database}), "test")
-        direct = Redis.from_url(valkey_url, protocol=3)
+        direct = connect_redis(settings.model_copy(update={"redis_url": valkey_url}), "test")
         async with running(settings) as (application, url):
             gateway = Gateway(settings, application, url, HotStateBuilder(direct), LedgerBuilder(pool))
             name = await booked(gateway)
