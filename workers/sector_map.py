@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from engine.stores.ledger_postgres import UNCLASSIFIED
+from engine.assets import UNCLASSIFIED
 from engine.stores.tables import asset
 
 

@@ -1,6 +1,6 @@
 """Assets in PostgreSQL, table `asset` (engine.stores.tables): what every process and every query joins with.
 
-A later load wins over an earlier one, row by row; `create_unclassified` never overwrites what somebody said.
+A later load wins over an earlier one, row by row.
 Listing is by keyset, in symbol order of the C collation, so that pages neither repeat nor miss a symbol
 whatever the database's locale is.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import asyncpg
 
-from engine.assets import Asset, AssetClass, unclassified
+from engine.assets import Asset, AssetClass
 
 UPSERT_COUNT_MAX = 1_000  # rows of one statement; bounds its parameters and its locks
 
@@ -23,7 +23,6 @@ _UPSERT = f"""
         name = excluded.name, asset_class = excluded.asset_class,
         sector = excluded.sector, industry = excluded.industry
 """
-_CREATE = f"INSERT INTO asset ({_COLUMNS}) {_ROWS} ON CONFLICT (symbol) DO NOTHING RETURNING symbol"
 _GET = f"SELECT {_COLUMNS} FROM asset WHERE symbol = ANY($1::text[])"  # noqa: S608
 _LIST = f"""
     SELECT {_COLUMNS} FROM asset
@@ -44,15 +43,6 @@ async def upsert_assets(pool: asyncpg.Pool, assets: Iterable[Asset]) -> int:
         for start in range(0, len(ordered), UPSERT_COUNT_MAX):
             await connection.execute(_UPSERT, *_arrays(ordered[start : start + UPSERT_COUNT_MAX]))
     return len(ordered)
-
-
-async def create_unclassified(connection: Connection, symbols: Iterable[str]) -> list[str]:
-    """Make the assets that nobody knows UNCLASSIFIED; answers the symbols that were new.
-
-    Takes a connection too, so that it can be part of the transaction that books the fill.
-    """
-    assets = [unclassified(symbol) for symbol in sorted(set(symbols))]
-    return [row["symbol"] for row in await connection.fetch(_CREATE, *_arrays(assets))]
 
 
 async def get_assets(connection: Connection, symbols: Iterable[str]) -> dict[str, Asset]:

@@ -24,13 +24,12 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from engine.amounts import from_micro, to_micro
+from engine.assets import UNCLASSIFIED
 from engine.booking import Batch, Booked, DeadLetter, Known, Marks, Record
 from engine.ledger import LedgerEntry, LedgerKind, Side
 from engine.messages import OpenEvent
 from engine.portfolio import Portfolio, Position
 from engine.stores.tables import asset, ledger_entry, portfolio, position, shard
-
-UNCLASSIFIED = "UNCLASSIFIED"
 
 
 class Fenced(Exception):

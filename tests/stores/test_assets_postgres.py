@@ -8,7 +8,7 @@ import pytest
 from engine.assets import Asset, AssetClass, load_catalogue, unclassified
 from engine.runtime.connections import connect_postgres
 from engine.runtime.settings import Settings
-from engine.stores.assets_postgres import create_unclassified, get_assets, list_assets, upsert_assets
+from engine.stores.assets_postgres import get_assets, list_assets, upsert_assets
 
 
 @pytest.fixture
@@ -43,14 +43,6 @@ async def test_nothing_to_load_is_nothing_loaded(pool: asyncpg.Pool) -> None:
 async def test_more_than_one_statement_s_worth_goes_in(pool: asyncpg.Pool) -> None:
     assert await upsert_assets(pool, (unclassified(f"S{n}") for n in range(2_500))) == 2_500
     assert await pool.fetchval("SELECT count(*) FROM asset") == 2_500
-
-
-async def test_an_unheard_of_symbol_is_made_once_and_never_overwrites(pool: asyncpg.Pool) -> None:
-    known = Asset("A", "Known", AssetClass.EQUITY, "Energy", "")
-    await upsert_assets(pool, [known])
-    assert await create_unclassified(pool, ["B", "A", "B"]) == ["B"]
-    assert await create_unclassified(pool, ["B"]) == []
-    assert await get_assets(pool, ["A", "B"]) == {"A": known, "B": unclassified("B")}
 
 
 async def test_pages_by_keyset_neither_repeat_nor_miss_a_symbol(pool: asyncpg.Pool) -> None:
