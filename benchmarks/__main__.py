@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import book, history, hot_write, seed_system
+from benchmarks import book, booking, history, hot_write, ledger, seed_system
 
 BENCHMARKS = {
     "book": book.run,
+    "booking": booking.run,
     "history": history.run,
     "hot_write": hot_write.run,
+    "ledger": ledger.run,
     "seed_system": seed_system.run,
 }
 

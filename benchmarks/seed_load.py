@@ -14,11 +14,13 @@ import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.amounts import parse_number
 from engine.book import Account, Book, Holding
+from engine.entries import draft_event
 from engine.messages import CashEvent, FillEvent, OpenEvent
 from engine.pnl import DayBase
-from engine.portfolio import Portfolio
-from engine.stores.ledger_postgres import entry_row, position_row
+from engine.portfolio import Portfolio, Present
+from engine.stores.ledger_rows import entry_row, position_row
 
 PORTFOLIOS_COUNT = 20_000
 POSITIONS_COUNT = 15
@@ -48,6 +50,9 @@ class Load:
         return portfolio_id(number)
 
 
+_ACCOUNT = Account(0, 0, 0, 0, 0, 0, 0, 0, 1, DayBase(0, 1.0, 0))
+
+
 def make_load(portfolios_count: int = PORTFOLIOS_COUNT) -> Load:
     random = np.random.default_rng(SEED)
     popularity = 1.0 / np.arange(1, ASSETS_COUNT + 1) ** ZIPF_EXPONENT
@@ -68,7 +73,7 @@ def make_book(load: Load) -> Book:
             Holding(load.symbol(asset), Decimal(int(quantity)), 0, 0)
             for asset, quantity in zip(load.held[number].tolist(), load.quantities[number].tolist(), strict=True)
         ]
-        book.open(load.portfolio_id(number), number % 4, Account(0, 0, 0, 1, DayBase(0, 1.0, 0)), holdings)
+        book.open(load.portfolio_id(number), number % 4, _ACCOUNT, holdings)
     return book
 
 
@@ -108,7 +113,12 @@ def _booked(load: Load, number: int) -> tuple[Portfolio, list[dict[str, object]]
                 **common,
             )
         )
-    return portfolio, [entry_row(portfolio.book(event, OPENED_AT, portfolio.cash)) for event in events]
+    entries = []
+    for event in events:
+        price = parse_number(event.price, "price") if isinstance(event, FillEvent) else None
+        booking = portfolio.book(draft_event(event, OPENED_AT), Present(portfolio.cash, price, price))
+        entries.append(entry_row(booking.entry))
+    return portfolio, entries
 
 
 async def fill_database(postgres_url: str, load: Load, shard_of: dict[str, int]) -> None:
@@ -117,10 +127,10 @@ async def fill_database(postgres_url: str, load: Load, shard_of: dict[str, int])
     for number in range(len(load.held)):
         portfolio, rows = _booked(load, number)
         name = portfolio.portfolio_id
-        money = [Decimal(value).scaleb(-6) for value in (portfolio.cash, 0, 0, 0, portfolio.flows)]
-        accounts.append(
-            (name, shard_of[name], f"owner-{number % 5_000}", name, "USD", "00:00 UTC", OPENED_AT, *money, len(rows))
-        )
+        sums = portfolio.cash, 0, 0, 0, portfolio.flows, 0, portfolio.trading, 0
+        money = [Decimal(value).scaleb(-6) for value in sums]
+        account = (name, shard_of[name], f"owner-{number % 5_000}", name, "USD", "00:00 UTC", OPENED_AT, *money)
+        accounts.append((*account, len(rows), portfolio.ledger_hash))
         positions += [(name, symbol, *position_row(held).values()) for symbol, held in portfolio.positions.items()]
         entries += [tuple(row.values()) for row in rows]
         columns = list(rows[0])

@@ -19,6 +19,7 @@ with `AmountError`, never wrapped or rounded away.
 from __future__ import annotations
 
 from decimal import ROUND_HALF_EVEN, Context, Decimal, DivisionByZero, InvalidOperation, Overflow
+from fractions import Fraction
 
 MICRO = 1_000_000
 MICRO_DIGITS = 6
@@ -104,6 +105,16 @@ def share_micro(total_micro: int, part: Decimal, whole: Decimal) -> int:
     return int(share.to_integral_value(ROUND_HALF_EVEN))
 
 
+def scale_number(value: Decimal, scale: Fraction, name: str) -> Decimal:
+    """A quantity or price × scale, half-even to the exact range (12 decimals, 15 digits). Raises AmountError TOO_LARGE.
+
+    A result that rounds to zero is zero: a position so small is gone, a price so small is none.
+    """
+    product = EXACT.divide(EXACT.multiply(value, Decimal(scale.numerator)), Decimal(scale.denominator))
+    decimals = min(DECIMALS_MAX, DIGITS_MAX - 1 - product.adjusted()) if product else 0
+    return check_number(present(product, decimals), name)
+
+
 def from_micro(micro: int) -> Decimal:
     """Micro-units as an exact Decimal with six decimals."""
     return Decimal(micro).scaleb(-MICRO_DIGITS, context=EXACT)
@@ -130,7 +141,7 @@ def ratio(part: Decimal | int, whole: Decimal | int) -> Decimal | None:
 
 
 def present(value: Decimal, decimals: int) -> Decimal:
-    """Round half-even for showing; the only rounding outside booking."""
+    """Round half-even for showing."""
     return value.quantize(Decimal(1).scaleb(-decimals), context=EXACT)
 
 

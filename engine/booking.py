@@ -1,4 +1,4 @@
-"""Booking a batch of Kafka records: decode, refuse, tell the redelivered from the new, book in the log's order.
+"""Booking: from Kafka records, or a step of a corporate action, to ledger entries, in the log's order.
 
 Pure: what the records refer to (entries with their ids, portfolios, known assets) is read by the store and handed
 in. An event has its effect once: the same id with the same content is a duplicate and counted, the same id with
@@ -7,22 +7,36 @@ other content is a dead letter, as is whatever breaks a rule; the batch goes on 
 A fill after which the portfolio's gross value or gross cost, or the position's day base, would leave the exact range
 is refused, so that no figure derived from them can wrap.
 
-`nav_before` of an external flow is the NAV at the evaluator's present prices, moved on within the batch by what
-each event does to cash and value.
+`nav_before` of an external flow and every `nav_effect` are at the evaluator's present prices; NAV is moved on within
+the batch by what each entry does to it.
+
+Shares. A fill executed before a split that the ledger has already is booked in today's shares (`scale`); so is the
+reversal of a fill that was booked before a split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
+from fractions import Fraction
 from typing import Protocol
 
-from engine.amounts import check_amount
-from engine.ledger import LedgerEntry
-from engine.messages import EventRejected, FillEvent, OpenEvent, PortfolioEvent, content_hash, decode_event
-from engine.portfolio import Portfolio, Position
+from engine.amounts import AmountError, check_amount, scale_number
+from engine.corporate_actions import Split, Step
+from engine.entries import draft_accrual, draft_event, draft_payment, draft_reversal, draft_split
+from engine.ledger import CORPORATE, LedgerEntry, LedgerKind
+from engine.messages import (
+    EventRejected,
+    FillEvent,
+    OpenEvent,
+    PortfolioEvent,
+    ReversalEvent,
+    content_hash,
+    decode_event,
+)
+from engine.portfolio import Booking, ClosedPosition, Portfolio, Position, Present
 from engine.positions import carried_value
 
 
@@ -50,6 +64,7 @@ class Booked:
     opened: dict[str, OpenEvent] = field(default_factory=dict)
     portfolios: dict[str, Portfolio] = field(default_factory=dict)
     touched: dict[str, set[str]] = field(default_factory=dict)
+    closed: list[tuple[str, ClosedPosition]] = field(default_factory=list)
     dead_letters: list[DeadLetter] = field(default_factory=list)
     duplicates: int = 0
     unclassified: set[str] = field(default_factory=set)
@@ -82,13 +97,28 @@ class _Exposure:
 
 
 @dataclass(frozen=True, slots=True)
+class AppliedSplit:
+    """A split that a shard's ledger has, and since when."""
+
+    split: Split
+    applied_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
-    """What a batch refers to, as the ledger has it: portfolios come with the positions that the batch touches."""
+    """What a batch refers to, as the ledger has it: portfolios come with the positions that the batch touches.
+
+    `originals` are the entries that its reversals name, `reversed_ids` those of them that are reversed already,
+    `splits` those that the shard has, by symbol.
+    """
 
     content_hashes: Mapping[str, bytes]
     portfolios: dict[str, Portfolio]
     shards: Mapping[str, int]
     classified: frozenset[str]
+    originals: Mapping[str, LedgerEntry] = field(default_factory=dict)
+    reversed_ids: frozenset[str] = frozenset()
+    splits: Mapping[str, Sequence[AppliedSplit]] = field(default_factory=dict)
 
 
 class Batch:
@@ -102,6 +132,8 @@ class Batch:
         self._outcome = Booked()
         self._nav: dict[str, int] = {}
         self._exposure: dict[str, _Exposure] = {}
+        self._booked: dict[str, LedgerEntry] = {}
+        self._reversed: set[str] = set()
         for record in records:
             try:
                 event = decode_event(record.value)
@@ -119,8 +151,14 @@ class Batch:
         return {event.portfolio_id for _, event in self._events}
 
     @property
-    def symbols(self) -> set[str]:
-        return {event.symbol for _, event in self._events if isinstance(event, FillEvent)}
+    def reverses(self) -> set[str]:
+        """The events that the batch's reversals name."""
+        return {event.reverses for _, event in self._events if isinstance(event, ReversalEvent)}
+
+    def symbols(self, originals: Iterable[LedgerEntry]) -> set[str]:
+        """The symbols whose positions the batch touches, `originals` being what it reverses."""
+        filled = {event.symbol for _, event in self._events if isinstance(event, FillEvent)}
+        return filled | {entry.symbol for entry in originals if entry.symbol is not None}
 
     def book(self, known: Known) -> Booked:
         self._outcome.portfolios = known.portfolios
@@ -132,6 +170,8 @@ class Batch:
                 else:
                     entry = self._book(event, known)
                     seen[event.event_id] = entry.content_hash
+            except AmountError as error:
+                self._bury(record, EventRejected(error.code, str(error)))
             except EventRejected as error:
                 self._bury(record, error)
         return self._outcome
@@ -144,33 +184,59 @@ class Batch:
     def _book(self, event: PortfolioEvent, known: Known) -> LedgerEntry:
         outcome, portfolio_id = self._outcome, event.portfolio_id
         held = self._portfolio(event, known)
+        held.check_event(event)
         nav_before = self._nav_of(held)
-        entry, value_change = self._enter(held, event, nav_before)
-        change = entry.amount - entry.fee + value_change
+        booking = self._enter(held, self._draft(event, known), nav_before)
+        entry = booking.entry
         touched = outcome.touched.setdefault(portfolio_id, set())
-        if isinstance(event, FillEvent):
-            touched.add(event.symbol)
-            if event.symbol not in known.classified:
-                outcome.unclassified.add(event.symbol)
+        if entry.symbol is not None:
+            touched.add(entry.symbol)
+            if entry.symbol not in known.classified:
+                outcome.unclassified.add(entry.symbol)
         elif isinstance(event, OpenEvent):
             outcome.portfolios[portfolio_id] = held
             outcome.opened[portfolio_id] = event
-        self._nav[portfolio_id] = nav_before + change
+        if booking.closed is not None:
+            outcome.closed.append((portfolio_id, booking.closed))
+        self._nav[portfolio_id] = nav_before + entry.nav_effect
+        self._booked[entry.event_id] = entry
+        if entry.reverses is not None:
+            self._reversed.add(entry.reverses)
         outcome.entries.append(entry)
         return entry
 
-    def _enter(self, held: Portfolio, event: PortfolioEvent, nav_before: int) -> tuple[LedgerEntry, int]:
-        """Book one event; the entry, and what it does to the value of the positions at present prices."""
-        if not isinstance(event, FillEvent):
-            return held.book(event, self._recorded_at, nav_before), 0
-        symbol, price = event.symbol, self._marks.price(event.symbol)
+    def _draft(self, event: PortfolioEvent, known: Known) -> LedgerEntry:
+        if not isinstance(event, ReversalEvent):
+            scale = None
+            if isinstance(event, FillEvent):
+                scale = _scale(known.splits.get(event.symbol, ()), event.executed_at)
+            return draft_event(event, self._recorded_at, scale)
+        original = self._booked.get(event.reverses) or known.originals.get(event.reverses)
+        if original is None or original.portfolio_id != event.portfolio_id:
+            raise EventRejected("UNKNOWN_EVENT", f"there is no event {event.reverses} in this portfolio")
+        if event.reverses in self._reversed or event.reverses in known.reversed_ids:
+            raise EventRejected("ALREADY_REVERSED", f"event {event.reverses} is reversed already")
+        if original.kind in CORPORATE or original.kind is LedgerKind.OPEN or original.reverses is not None:
+            raise EventRejected("NOT_REVERSIBLE", f"a reversal and a {original.kind} can not be reversed")
+        scale = original.scale
+        if original.symbol is not None:
+            later = [s for s in known.splits.get(original.symbol, ()) if _is_after(s, original)]
+            since = _scale(later, original.effective_at)
+            scale = since if scale is None else scale * (since or 1)
+        return draft_reversal(event, original, self._recorded_at, scale)
+
+    def _enter(self, held: Portfolio, draft: LedgerEntry, nav_before: int) -> Booking:
+        """Book one draft at present prices."""
+        symbol = draft.symbol
+        if symbol is None:
+            return held.book(draft, Present(nav_before))
+        price = self._marks.price(symbol)
         before, exposure = held.positions.get(symbol), self._exposure_of(held)
-        value_before = _worth(before, price)
         after = exposure
 
         def admit(entry: LedgerEntry, position: Position | None) -> None:
             nonlocal after
-            value = exposure.value + abs(_worth(position, price)) - abs(value_before)
+            value = exposure.value + abs(_worth(position, price)) - abs(_worth(before, price))
             cost = exposure.cost + _gross_cost(position) - _gross_cost(before)
             traded = exposure.traded.get(symbol, 0) - entry.amount
             check_amount(value, "the portfolio's gross value")
@@ -179,9 +245,9 @@ class Batch:
             check_amount(day_base + traded, "the position's day base")
             after = _Exposure(value, cost, {**exposure.traded, symbol: traded}, exposure.known)
 
-        entry = held.book(event, self._recorded_at, nav_before, admit)
+        booking = held.book(draft, Present(nav_before, price, price), admit)
         self._exposure[held.portfolio_id] = after
-        return entry, _worth(held.positions.get(symbol), price) - value_before
+        return booking
 
     def _exposure_of(self, held: Portfolio) -> _Exposure:
         known = self._exposure.get(held.portfolio_id)
@@ -224,3 +290,91 @@ def _worth(held: Position | None, price: Decimal | None) -> int:
 
 def _gross_cost(held: Position | None) -> int:
     return abs(held.cost) if held else 0
+
+
+def _is_after(applied: AppliedSplit, entry: LedgerEntry) -> bool:
+    """Whether the split came into the ledger after the entry, whose own scale tells what came before it."""
+    return applied.applied_at > entry.recorded_at or (applied.applied_at == entry.recorded_at and entry.scale is None)
+
+
+def _scale(splits: Iterable[AppliedSplit], at: datetime) -> Fraction | None:
+    """What turns shares of `at` into today's, by the splits that took effect after it; None where nothing does."""
+    scale = Fraction(1)
+    for applied in splits:
+        if applied.split.effective_at > at:
+            scale *= applied.split.scale
+    return None if scale == 1 else scale
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who a step concerns: the portfolio with its position in the symbol, and the shares bought (+) or sold (−) by
+    fills at or after the step's instant that are booked already. For a payment: what is owed (micro-units)."""
+
+    portfolio: Portfolio
+    since: Decimal = Decimal(0)
+    owed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrices:
+    """The price of a step's symbol just before and just after it; None where there is none."""
+
+    before: Decimal | None
+    after: Decimal | None
+
+
+@dataclass(frozen=True, slots=True)
+class DueStep:
+    """A step with what is known about it: `content` is the action's hash, `late` that it arrived after its instant."""
+
+    step: Step
+    prices: StepPrices
+    late: bool
+    content: bytes
+
+
+def book_step(outcome: Booked, due: DueStep, holders: Iterable[Holder], recorded_at: datetime) -> list[LedgerEntry]:
+    """Book one step for its holders; returns its entries, which `outcome` has too.
+
+    A holder whose figures would leave the exact range is passed over and named in `dead_letters`, without a record.
+    """
+    step, entries = due.step, []
+    for holder in holders:
+        held = holder.portfolio
+        try:
+            draft = _draft_step(due, holder, recorded_at)
+            if draft is None:
+                continue
+            booking = held.book(draft, Present(0, due.prices.before, due.prices.after))
+        except AmountError as error:
+            reason = f"{step.action_id}: portfolio {held.portfolio_id}: {error}"
+            outcome.dead_letters.append(DeadLetter(Record(-1, None, None), error.code, reason))
+            continue
+        outcome.portfolios[held.portfolio_id] = held
+        touched = outcome.touched.setdefault(held.portfolio_id, set())
+        if step.kind is LedgerKind.SPLIT:
+            touched.add(step.symbol)
+        if booking.closed is not None:
+            outcome.closed.append((held.portfolio_id, booking.closed))
+        entries.append(booking.entry)
+    outcome.entries += entries
+    return entries
+
+
+def _draft_step(due: DueStep, holder: Holder, recorded_at: datetime) -> LedgerEntry | None:
+    """None when the step does not concern the holder."""
+    step, late, content = due.step, due.late, due.content
+    name = holder.portfolio.portfolio_id
+    if step.kind is LedgerKind.DIVIDEND_PAID:
+        return draft_payment(step, name, holder.owed, recorded_at, late, content)
+    position = holder.portfolio.positions.get(step.symbol)
+    held = (position.quantity if position else Decimal(0)) - holder.since
+    if not held:
+        return None
+    if step.scale is None:
+        if step.currency != holder.portfolio.base_currency:
+            return None
+        return draft_accrual(step, name, held, recorded_at, late, content)
+    change = scale_number(held, step.scale, "quantity") - held
+    return draft_split(step, name, change, recorded_at, late, content) if change else None

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from engine.amounts import AmountError, check_amount, parse_amount, parse_number, value_micro
+from engine.day_cuts import BadDayCutError, parse_day_cut
 
 EVENT_BYTES_MAX = 64 * 1024  # a fill is under 1 KiB; anything larger is not one of ours
 IDENTIFIER_LENGTH_MAX = 64
@@ -67,7 +68,7 @@ class CashEvent(_Event, frozen=True, tag="cash", kw_only=True):
 
 
 class OpenEvent(_Event, frozen=True, tag="open", kw_only=True):
-    """A portfolio begins to exist. Only `day_cut` "00:00 UTC" is taken."""
+    """A portfolio begins to exist. Its days end at `day_cut` (engine.day_cuts)."""
 
     owner: str
     name: str
@@ -76,7 +77,15 @@ class OpenEvent(_Event, frozen=True, tag="open", kw_only=True):
     day_cut: str = "00:00 UTC"
 
 
-PortfolioEvent = FillEvent | CashEvent | OpenEvent
+class ReversalEvent(_Event, frozen=True, tag="reversal", kw_only=True):
+    """The fill or cash movement `reverses` should not have been: its effects are taken back."""
+
+    reverses: str
+    effective_at: datetime
+    reference: str | None = None
+
+
+PortfolioEvent = FillEvent | CashEvent | OpenEvent | ReversalEvent
 
 _decoder: msgspec.json.Decoder[PortfolioEvent] = msgspec.json.Decoder(PortfolioEvent)
 _encoder = msgspec.json.Encoder()
@@ -106,16 +115,20 @@ def encode_event(event: PortfolioEvent) -> bytes:
 
 def check_event(event: PortfolioEvent) -> None:
     """Every rule that needs no state. Raises EventRejected."""
-    _check_identifier(event.event_id, "event_id")
-    _check_identifier(event.portfolio_id, "portfolio_id")
+    check_identifier(event.event_id, "event_id")
+    check_identifier(event.portfolio_id, "portfolio_id")
     try:
         if isinstance(event, FillEvent):
             _check_fill(event)
         elif isinstance(event, CashEvent):
-            _check_instant(event.effective_at, "effective_at")
+            check_instant(event.effective_at, "effective_at")
             _check_currency(event.currency)
             _check_text(event.reference, "reference")
             _check_positive(parse_amount(event.amount, "amount"), "amount")
+        elif isinstance(event, ReversalEvent):
+            check_identifier(event.reverses, "reverses")
+            check_instant(event.effective_at, "effective_at")
+            _check_text(event.reference, "reference")
         else:
             _check_open(event)
     except AmountError as error:
@@ -130,7 +143,7 @@ def content_hash(event: PortfolioEvent) -> bytes:
 def _check_fill(event: FillEvent) -> None:
     check_symbol(event.symbol)
     _check_currency(event.currency)
-    _check_instant(event.executed_at, "executed_at")
+    check_instant(event.executed_at, "executed_at")
     _check_text(event.order_id, "order_id")
     _check_text(event.venue, "venue")
     quantity = parse_number(event.quantity, "quantity")
@@ -143,22 +156,24 @@ def _check_fill(event: FillEvent) -> None:
 
 
 def _check_open(event: OpenEvent) -> None:
-    _check_identifier(event.owner, "owner")
+    check_identifier(event.owner, "owner")
     _check_currency(event.base_currency)
-    _check_instant(event.opened_at, "opened_at")
+    check_instant(event.opened_at, "opened_at")
     _check_text(event.name, "name")
     if not event.name.strip():
         raise EventRejected("BAD_TEXT", "name is empty")
-    if event.day_cut != "00:00 UTC":
-        raise EventRejected("BAD_DAY_CUT", f"day_cut {event.day_cut[:40]!r} is not supported")
+    try:
+        parse_day_cut(event.day_cut)
+    except BadDayCutError as error:
+        raise EventRejected("BAD_DAY_CUT", str(error)) from None
 
 
 def check_symbol(symbol: str) -> None:
     """A symbol is 1 to 64 ASCII letters, digits and ``. _ : / = ^ @ -``, beginning with a letter or digit."""
-    _check_identifier(symbol, "symbol")
+    check_identifier(symbol, "symbol")
 
 
-def _check_identifier(value: str, name: str) -> None:
+def check_identifier(value: str, name: str) -> None:
     if not _IDENTIFIER.fullmatch(value):
         raise EventRejected("BAD_IDENTIFIER", f"{name} is not an identifier: {value[:80]!r}")
 
@@ -173,7 +188,7 @@ def _check_currency(value: str) -> None:
         raise EventRejected("BAD_CURRENCY", f"currency {value[:10]!r} is not known")
 
 
-def _check_instant(value: datetime, name: str) -> None:
+def check_instant(value: datetime, name: str) -> None:
     if value.tzinfo is None:
         raise EventRejected("BAD_INSTANT", f"{name} has no time zone")
     # The plain year first: at the calendar's ends the conversion to UTC overflows.
@@ -186,14 +201,23 @@ def _check_positive(value: Decimal | int, name: str) -> None:
         raise EventRejected("NOT_POSITIVE", f"{name} is not positive")
 
 
+# What a source says of its own price, beside the price.
+Condition = Literal["", "DELAYED", "HALTED"]
+
+
 class Quote(msgspec.Struct, frozen=True, array_like=True):
-    """One accepted price. `price` is plain decimal text; `sequence` is None where the source numbers nothing."""
+    """One accepted price. `price` is plain decimal text; `sequence` is None where the source numbers nothing.
+
+    `condition` DELAYED: the source publishes late on purpose; HALTED: trading is suspended, and `price` the last good
+    one.
+    """
 
     symbol: str
     price: str
     ts_event_ns: int
     source: str
     sequence: int | None = None
+    condition: Condition = ""
 
 
 class QuoteFrame(msgspec.Struct, frozen=True, array_like=True):

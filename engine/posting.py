@@ -2,26 +2,28 @@
 
 The ledger is written first; only then does a fill reach the Book. Per portfolio a batch gives one new account and
 one new state per touched position (absolute, not a delta), and one `PositionsChange` for hot state with the
-allocation at that moment. A position's day base moves by the signed notional of each of its fills.
+allocation at that moment. A position's day base moves by the signed notional of each of its fills; it is a value, so
+that a split leaves it as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from decimal import Decimal
 
 from engine.amounts import plain
 from engine.book import Account, Book, Holding
 from engine.booking import Booked
-from engine.ledger import EXTERNAL_FLOWS, LedgerEntry, LedgerKind
+from engine.corporate_actions import Split
+from engine.ledger import EXTERNAL_FLOWS, LedgerEntry, LedgerKind, write_scale
 from engine.pnl import DayBase
-from engine.portfolio import Portfolio
+from engine.portfolio import Portfolio, Position
 from engine.positions import HotPosition
 from engine.sectors import SectorSlice, allocate
 
 SectorOf = Callable[[str], str]
+SplitsOf = Callable[[str], Sequence[Split]]
 _ZERO = Decimal(0)
 
 
@@ -35,8 +37,13 @@ class PositionsChange:
     positions: Mapping[str, HotPosition]
     sectors: Sequence[SectorSlice]
 
+    @property
+    def is_of_positions(self) -> bool:
+        """False when cash alone moved."""
+        return self.replace or bool(self.closed or self.positions)
 
-def post(book: Book, shard: int, booked: Booked, sector_of: SectorOf) -> list[PositionsChange]:
+
+def post(book: Book, shard: int, booked: Booked, sector_of: SectorOf, splits_of: SplitsOf) -> list[PositionsChange]:
     """Bring the Book to the state after a committed batch; returns what changed in hot positions."""
     entries: dict[str, list[LedgerEntry]] = {}
     for entry in booked.entries:
@@ -45,13 +52,13 @@ def post(book: Book, shard: int, booked: Booked, sector_of: SectorOf) -> list[Po
     for portfolio_id, posted in entries.items():
         held = booked.portfolios[portfolio_id]
         day = book.day(portfolio_id) if portfolio_id in book else DayBase(0, 1, 0)
-        account = _account(held, _day_after(day, posted))
+        figures = account(held, _day_after(day, posted))
         if portfolio_id in book:
-            book.set_account(portfolio_id, account)
+            book.set_account(portfolio_id, figures)
         else:
-            book.open(portfolio_id, shard, account)
-        traded = _traded(posted)
-        changed = {symbol: _move(book, held, symbol, traded[symbol]) for symbol in traded}
+            book.open(portfolio_id, shard, figures)
+        traded, moved = _traded(posted), sorted(booked.touched[portfolio_id])
+        changed = {symbol: _move(book, held, symbol, traded.get(symbol, 0), splits_of) for symbol in moved}
         changes.append(
             PositionsChange(
                 portfolio_id,
@@ -69,13 +76,36 @@ def allocation(book: Book, portfolio_id: str, sector_of: SectorOf) -> list[Secto
     return allocate((sector_of(held.symbol), held.value) for held in book.held(portfolio_id))
 
 
-def hot_position(quantity: Decimal, cost: int, realized: int, day_base: int, opened_at: datetime) -> HotPosition:
-    opened_at_ns = int(opened_at.timestamp()) * 1_000_000_000 + opened_at.microsecond * 1_000
-    return HotPosition(plain(quantity), cost, realized, day_base, opened_at_ns)
+def hot_position(held: Position, day_base: int, splits: Sequence[Split]) -> HotPosition:
+    """`splits`: all of the symbol's that are in the quantity."""
+    opened_at_ns = int(held.opened_at.timestamp()) * 1_000_000_000 + held.opened_at.microsecond * 1_000
+    told = tuple((split.effective_at_ns, write_scale(split.scale)) for split in splits)
+    return HotPosition(
+        plain(held.quantity),
+        held.cost,
+        held.realized,
+        day_base,
+        opened_at_ns,
+        held.fees,
+        held.opened_sequence,
+        told,
+    )
 
 
-def _account(held: Portfolio, day: DayBase) -> Account:
-    return Account(held.cash, held.realized, held.fees, held.ledger_sequence, day)
+def account(held: Portfolio, day: DayBase) -> Account:
+    """The portfolio's own figures as the Book takes them."""
+    return Account(
+        cash=held.cash,
+        receivables=held.receivables,
+        realized=held.realized,
+        fees=held.fees,
+        income=held.income,
+        flows=held.flows,
+        trading=held.trading,
+        corporate=held.corporate,
+        ledger_sequence=held.ledger_sequence,
+        day=day,
+    )
 
 
 def _day_after(day: DayBase, entries: Sequence[LedgerEntry]) -> DayBase:
@@ -96,11 +126,11 @@ def _traded(entries: Sequence[LedgerEntry]) -> dict[str, int]:
     return traded
 
 
-def _move(book: Book, held: Portfolio, symbol: str, traded: int) -> HotPosition | None:
+def _move(book: Book, held: Portfolio, symbol: str, traded: int, splits_of: SplitsOf) -> HotPosition | None:
     day_base = book.position_day_base(held.portfolio_id, symbol) + traded
     position = held.positions.get(symbol)
     if position is None:
         book.set_position(held.portfolio_id, Holding(symbol, _ZERO, 0, day_base))
         return None
     book.set_position(held.portfolio_id, Holding(symbol, position.quantity, position.cost, day_base))
-    return hot_position(position.quantity, position.cost, position.realized, day_base, position.opened_at)
+    return hot_position(position, day_base, splits_of(symbol))

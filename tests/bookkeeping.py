@@ -1,8 +1,9 @@
-"""The write path without servers: events through `engine.booking` and `engine.posting` into a ledger in memory, a Book,
-and the oracle beside them, with everything compared after every step.
+"""The write path without servers: events and corporate actions through `engine.booking` and `engine.posting` into a
+ledger in memory, a Book, and the oracle beside them, with everything compared after every step.
 
-`Bookkeeping.send` takes events as the JSON objects of the wire. What the PostgreSQL store reads and writes for a
-batch is done here by dictionaries.
+`Bookkeeping.send` takes events as the JSON objects of the wire, `split`, `accrue` and `pay` the steps of corporate
+actions. What the PostgreSQL store reads and writes for them is done here by dictionaries. Time is `now`; every step
+takes a minute.
 """
 
 from __future__ import annotations
@@ -10,24 +11,30 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from engine.book import Account, Book, Holding
-from engine.booking import Batch, Booked, Known, Record
-from engine.ledger import EXTERNAL_FLOWS, LedgerEntry, LedgerKind
+from engine.amounts import parse_number, scale_number
+from engine.book import Book, Holding
+from engine.booking import AppliedSplit, Batch, Booked, DueStep, Holder, Known, Record, StepPrices, book_step
+from engine.corporate_actions import Split, Step, parse_scale, price_after, scale_since
+from engine.ledger import EXTERNAL_FLOWS, LedgerEntry, LedgerKind, Side
 from engine.marks import RATIO_SCALE, Mark, MarkQuality, decode_mark
 from engine.pnl import day_base_since
-from engine.portfolio import Portfolio, check_invariants, fold, value_portfolio
-from engine.posting import PositionsChange, post
-from tests.oracle import Oracle
+from engine.portfolio import ClosedPosition, Portfolio, check_invariants, fold, value_portfolio
+from engine.posting import PositionsChange, account, post
+from engine.runtime.clock import to_ns
+from tests.oracle import Cycle, Oracle
 
 AT = datetime(2026, 11, 20, 15, 0, tzinfo=UTC)
 AT_TEXT = "2026-11-20T15:00:00Z"
+STEP = timedelta(minutes=1)
+MARK_FIELDS = ("nav", "cash", "receivables", "positions_value", "unrealized", "realized", "fees", "income", "flows")
+MARK_FIELDS += ("trading", "corporate", "day_pnl")
 SECTORS = {"AAPL": "Tech", "MSFT": "Tech", "XOM": "Energy", "BTC": "Crypto", "DUST": "Crypto"}
 
 
@@ -56,7 +63,14 @@ def cash(name: str, kind: str, amount: str, event_id: str) -> dict[str, Any]:
 
 
 def fill(
-    name: str, side: str, quantity: str, price: str, event_id: str, symbol: str = "AAPL", fee: str = "0"
+    name: str,
+    side: str,
+    quantity: str,
+    price: str,
+    event_id: str,
+    symbol: str = "AAPL",
+    fee: str = "0",
+    executed_at: str = AT_TEXT,
 ) -> dict[str, Any]:
     return {
         "type": "fill",
@@ -68,8 +82,27 @@ def fill(
         "price": price,
         "fee": fee,
         "currency": "USD",
-        "executed_at": AT_TEXT,
+        "executed_at": executed_at,
     }
+
+
+def reversal(name: str, reverses: str, event_id: str) -> dict[str, Any]:
+    return {
+        "type": "reversal",
+        "event_id": event_id,
+        "portfolio_id": name,
+        "reverses": reverses,
+        "effective_at": AT_TEXT,
+    }
+
+
+def split(symbol: str, ratio: str, at: datetime, action_id: str) -> dict[str, Any]:
+    effective_at = at.isoformat().replace("+00:00", "Z")
+    return {"type": "split", "action_id": action_id, "symbol": symbol, "ratio": ratio, "effective_at": effective_at}
+
+
+def dividend(symbol: str, amount: str, action_id: str) -> dict[str, Any]:
+    return {"type": "dividend", "action_id": action_id, "symbol": symbol, "amount": amount, "currency": "USD"}
 
 
 def record(event: dict[str, Any] | bytes, offset: int = 0, key: str = "") -> Record:
@@ -97,7 +130,10 @@ class Bookkeeping:
     folded: dict[str, Portfolio] = field(default_factory=dict)
     baselines: dict[str, Baseline] = field(default_factory=dict)
     changes: list[PositionsChange] = field(default_factory=list)
-    dropped: set[int] = field(default_factory=set)
+    closed: dict[str, list[ClosedPosition]] = field(default_factory=dict)
+    splits: dict[int, dict[str, list[AppliedSplit]]] = field(default_factory=dict)
+    owed: dict[tuple[str, str], int] = field(default_factory=dict)
+    now: datetime = AT
 
     def shard_of(self, name: str) -> int:
         return sum(name.encode()) % self.shards_count
@@ -121,25 +157,122 @@ class Bookkeeping:
         return outcomes
 
     def send_records(self, shard: int, records: Sequence[Record]) -> Booked:
-        batch = Batch(shard, records, self.book, AT)
-        outcome = batch.book(self.known(batch))
+        batch = Batch(shard, records, self.book, self.now)
+        outcome = batch.book(self.known(batch, shard))
         for entry in outcome.entries:
-            self.entries.setdefault(entry.portfolio_id, []).append(entry)
             self.hashes[entry.event_id] = entry.content_hash
-        for name in outcome.touched:
-            self.keep(outcome.portfolios[name], outcome.touched[name])
-        self.changes = post(self.book, shard, outcome, SECTORS.__getitem__)
+        self.posted(shard, outcome)
+        self.now += STEP
         return outcome
 
-    def known(self, batch: Batch) -> Known:
+    def posted(self, shard: int, outcome: Booked) -> None:
+        for entry in outcome.entries:
+            self.entries.setdefault(entry.portfolio_id, []).append(entry)
+        for name in outcome.touched:
+            self.keep(outcome.portfolios[name], outcome.touched[name])
+        for name, cycle in outcome.closed:
+            self.closed.setdefault(name, []).append(cycle)
+        self.changes = post(self.book, shard, outcome, SECTORS.__getitem__, self.splits_in_book)
+
+    def splits_in_book(self, symbol: str) -> Sequence[Split]:
+        taken = {applied.split for of_shard in self.splits.values() for applied in of_shard.get(symbol, ())}
+        return sorted(taken, key=lambda split: split.effective_at)
+
+    def known(self, batch: Batch, shard: int) -> Known:
         """What PostgreSQL would hand out: copies, with the positions that the batch names."""
+        originals = {
+            e.event_id: e for entries in self.entries.values() for e in entries if e.event_id in batch.reverses
+        }
+        symbols = batch.symbols(originals.values())
         portfolios = {
-            name: replace(held, positions={s: p for s, p in held.positions.items() if s in batch.symbols})
+            name: replace(held, positions={s: p for s, p in held.positions.items() if s in symbols})
             for name, held in self.folded.items()
             if name in batch.portfolio_ids
         }
         hashes = {i: h for i, h in self.hashes.items() if i in batch.event_ids}
-        return Known(hashes, portfolios, {n: self.shard_of(n) for n in portfolios}, frozenset(SECTORS))
+        return Known(
+            hashes,
+            portfolios,
+            {n: self.shard_of(n) for n in portfolios},
+            frozenset(SECTORS),
+            originals,
+            frozenset(self.reversed_ids() & batch.reverses),
+            self.splits.get(shard, {}),
+        )
+
+    def reversed_ids(self) -> set[str]:
+        return {e.reverses for entries in self.entries.values() for e in entries if e.reverses is not None}
+
+    # -- corporate actions -------------------------------------------------------------------------------
+
+    def split(self, symbol: str, ratio: str, at: datetime, action_id: str) -> None:
+        """A split on every shard, as one evaluator that owns them all does it."""
+        self.oracle.split(split(symbol, ratio, at, action_id))
+        of_symbol = Split(at, parse_scale(ratio))
+        step = Step(action_id, LedgerKind.SPLIT, symbol, at, 0, scale=of_symbol.scale)
+        before = self.book.price(symbol)
+        after = (before and price_after(before, self.book.price_as_of_ns(symbol), (of_symbol,))) or None
+        for shard in range(self.shards_count):
+            outcome = self.book_step(shard, step, StepPrices(before, after))
+            if after is not None:
+                self.book.rescale(symbol, after)
+            applied = self.splits.setdefault(shard, {}).setdefault(symbol, [])
+            applied.append(AppliedSplit(of_symbol, self.now))
+            self.posted(shard, outcome)
+        self.book.revalue(symbol)
+        self.now += STEP
+
+    def accrue(self, symbol: str, amount: str, at: datetime, action_id: str) -> None:
+        """The ex-date of a dividend, whose session opens at `at`."""
+        self.oracle.accrue(dividend(symbol, amount, action_id), at)
+        per_share = parse_number(amount, "amount")
+        step = Step(action_id, LedgerKind.DIVIDEND_ACCRUED, symbol, at, 0, "USD", per_share=per_share)
+        price = self.book.price(symbol)
+        for shard in range(self.shards_count):
+            outcome = self.book_step(shard, step, StepPrices(price, price))
+            self.owed |= {(entry.portfolio_id, action_id): entry.receivable for entry in outcome.entries}
+            self.posted(shard, outcome)
+        self.now += STEP
+
+    def pay(self, symbol: str, amount: str, action_id: str) -> None:
+        """What was accrued becomes cash."""
+        self.oracle.pay(dividend(symbol, amount, action_id))
+        step = Step(action_id, LedgerKind.DIVIDEND_PAID, symbol, self.now, 0, "USD", per_share=Decimal(amount))
+        price = self.book.price(symbol)
+        for shard in range(self.shards_count):
+            outcome = self.book_step(shard, step, StepPrices(price, price))
+            for entry in outcome.entries:
+                del self.owed[entry.portfolio_id, action_id]
+            self.posted(shard, outcome)
+        self.now += STEP
+
+    def book_step(self, shard: int, step: Step, prices: StepPrices) -> Booked:
+        holders = [self.holder(name, step) for name in sorted(self.folded) if self.shard_of(name) == shard]
+        concerned = [holder for holder in holders if holder is not None]
+        outcome = Booked()
+        book_step(outcome, DueStep(step, prices, self.now > step.at, b""), concerned, self.now)
+        return outcome
+
+    def holder(self, name: str, step: Step) -> Holder | None:
+        held = self.folded[name]
+        copied = replace(held, positions={s: p for s, p in held.positions.items() if s == step.symbol})
+        if step.kind is LedgerKind.DIVIDEND_PAID:
+            owed = self.owed.get((name, step.action_id))
+            return None if owed is None else Holder(copied, owed=owed)
+        return Holder(copied, self.bought_since(name, step))
+
+    def bought_since(self, name: str, step: Step) -> Decimal:
+        """The shares of fills executed at the step's instant or later, in today's; those taken back are none."""
+        bought, taken_back = Decimal(0), self.reversed_ids()
+        applied = [one.split for one in self.splits.get(self.shard_of(name), {}).get(step.symbol, ())]
+        for entry in self.entries[name]:
+            mine = entry.kind is LedgerKind.FILL and entry.symbol == step.symbol and entry.effective_at >= step.at
+            if mine and entry.reverses is None and entry.event_id not in taken_back:
+                assert entry.quantity is not None
+                scale = scale_since(to_ns(entry.effective_at), applied)
+                shares = scale_number(entry.quantity, scale, "quantity")
+                bought += shares if entry.side is Side.BUY else -shares
+        return bought
 
     def keep(self, changed: Portfolio, symbols: set[str]) -> None:
         before = self.folded.get(changed.portfolio_id)
@@ -150,9 +283,13 @@ class Bookkeeping:
                 positions[symbol] = changed.positions[symbol]
         self.folded[changed.portfolio_id] = replace(changed, positions=positions)
 
-    def tick(self, symbol: str, price: str) -> None:
-        self.oracle.tick(symbol, price)
-        self.book.tick(symbol, Decimal(price), 1)
+    def tick(self, symbol: str, price: str, at: datetime | None = None) -> None:
+        """A quote stamped `at`, or of now; one of before a split that the Book has is not applied."""
+        at = self.now if at is None else at
+        self.oracle.tick(symbol, price, at)
+        if not any(one.effective_at_ns > to_ns(at) for one in self.splits_in_book(symbol)):
+            self.book.tick(symbol, Decimal(price), to_ns(at))
+        self.now += STEP
 
     def snapshot(self) -> list[Mark]:
         return [self.mark(name) for name in sorted(self.folded) if name in self.book]
@@ -161,7 +298,7 @@ class Bookkeeping:
         """The day cut of all shards, its baselines kept as PostgreSQL would."""
         self.oracle.cut()
         for shard in range(self.shards_count):
-            self.book.cut(shard)
+            self.book.cut(self.book.slots_of(shard), to_ns(self.now))
         for name in self.folded:
             values = {held.symbol: held.value for held in self.book.held(name)}
             self.baselines[name] = Baseline(self.book.nav(name), len(self.entries[name]), values)
@@ -183,11 +320,9 @@ class Bookkeeping:
                 bases[entry.symbol] = bases.get(entry.symbol, 0) - entry.amount
             elif entry.kind in EXTERNAL_FLOWS:
                 flows.append((entry.nav_before, entry.amount))
-        account = Account(
-            held.cash, held.realized, held.fees, held.ledger_sequence, day_base_since(baseline.nav, flows)
-        )
+        figures = account(held, day_base_since(baseline.nav, flows))
         holdings = [Holding(s, p.quantity, p.cost, bases.pop(s, 0)) for s, p in held.positions.items()]
-        self.book.open(name, self.shard_of(name), account, holdings)
+        self.book.open(name, self.shard_of(name), figures, holdings)
         for symbol, base in bases.items():
             self.book.keep_closed_day_base(name, symbol, base)
 
@@ -217,19 +352,35 @@ class Bookkeeping:
         assert fold(name, "USD", self.entries[name]) == held
         assert [entry.sequence for entry in self.entries[name]] == list(range(1, expected.entries + 1))
         assert (held.cash, held.realized, held.fees) == (expected.cash, expected.realized, expected.fees)
-        assert (held.income, held.flows) == (expected.income, expected.flows)
-        of_engine = {s: (Fraction(p.quantity), p.cost, p.realized) for s, p in held.positions.items()}
-        of_oracle = {s: (p.quantity, p.cost, p.realized) for s, p in expected.positions.items()}
-        assert of_engine == of_oracle
+        assert (held.income, held.flows, held.receivables) == (expected.income, expected.flows, expected.receivables)
+        assert (held.trading, held.corporate) == (expected.trading, expected.corporate)
+        self.check_cycles(name)
         valued, figures = value_portfolio(held, prices), expected.figures(self.oracle.prices)
         assert (valued.nav, valued.positions_value) == (figures.nav, figures.positions_value)
         assert (valued.unrealized, valued.values) == (figures.unrealized, figures.values)
         assert bool(valued.missing) == figures.missing
 
+    def check_cycles(self, name: str) -> None:
+        """The open positions and those that are over, and what each entry did to NAV adds up."""
+        expected, held = self.oracle.portfolios[name], self.folded[name]
+        assert {
+            s: (Fraction(p.quantity), p.cost, p.realized, p.fees, p.opened_sequence) for s, p in held.positions.items()
+        } == {s: (p.quantity, p.cost, p.realized, p.fees, p.opened_sequence) for s, p in expected.positions.items()}
+        assert expected.cycles == [
+            Cycle(c.symbol, c.is_long, c.realized, c.fees, c.opened_sequence, c.closed_sequence)
+            for c in self.closed.get(name, ())
+        ]
+        effects = dict.fromkeys(LedgerKind, 0)
+        for entry in self.entries[name]:
+            effects[entry.kind] += entry.nav_effect + (entry.fee if entry.kind is LedgerKind.FILL else 0)
+        assert effects[LedgerKind.FILL] == held.trading
+        assert effects[LedgerKind.SPLIT] == held.corporate
+        assert effects[LedgerKind.DIVIDEND_PAID] == 0
+
     def check_mark(self, name: str, mark: Mark) -> None:
         expected = self.oracle.portfolios[name]
         figures = expected.figures(self.oracle.prices)
-        for field_name in ("nav", "cash", "positions_value", "unrealized", "realized", "fees", "day_pnl"):
+        for field_name in MARK_FIELDS:
             assert getattr(mark, field_name) == getattr(figures, field_name), field_name
         assert mark.ledger_sequence == figures.ledger_sequence
         assert mark.quality is (MarkQuality.MISSING if figures.missing else MarkQuality.LIVE)

@@ -2,26 +2,31 @@
 
 Money is NUMERIC(38,6), quantities and prices NUMERIC(38,12): what engine.amounts admits fits exactly. NUMERIC
 takes NaN, so a CHECK refuses it. `ledger_entry` is append-only (a trigger of the first migration refuses UPDATE,
-DELETE and TRUNCATE). `equity_snapshot` is a hypertable on `at` where the timescaledb extension exists, a plain
-table of the same name otherwise.
+DELETE and TRUNCATE). `equity_snapshot` and `price_close` are hypertables on `at` where the timescaledb extension
+exists, plain tables of the same names otherwise.
 """
 
 from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
+    Double,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     LargeBinary,
     MetaData,
     Numeric,
+    PrimaryKeyConstraint,
     SmallInteger,
     Table,
     Text,
+    text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
@@ -49,7 +54,7 @@ asset = Table(
 )
 
 # One row per Kafka partition. `log_id` (cluster/topic) names the log that `next_offset` counts in; `epoch` fences
-# its owner; `cut_at` is the last day cut whose baselines are stored.
+# its owner.
 shard = Table(
     "shard",
     metadata,
@@ -59,7 +64,6 @@ shard = Table(
     Column("epoch", BigInteger, nullable=False),
     Column("owner", Text),
     Column("lease_until", INSTANT),
-    Column("cut_at", INSTANT),
     CheckConstraint("next_offset >= 0 AND epoch >= 0", name="shard_counts"),
 )
 
@@ -71,6 +75,7 @@ evaluator = Table(
     Column("seen_at", INSTANT, nullable=False),
 )
 
+# `ledger_hash` is the hash of the newest ledger entry: entries cut off the end of the chain are missed by it.
 portfolio = Table(
     "portfolio",
     metadata,
@@ -86,13 +91,18 @@ portfolio = Table(
     Column("fees", MONEY, nullable=False),
     Column("income", MONEY, nullable=False),
     Column("flows", MONEY, nullable=False),
+    Column("receivables", MONEY, nullable=False),
+    Column("trading", MONEY, nullable=False),
+    Column("corporate", MONEY, nullable=False),
     Column("ledger_sequence", BigInteger, nullable=False),
+    Column("ledger_hash", LargeBinary, nullable=False),
     _finite("cash"),
     Index("portfolio_by_owner", "owner", "id"),
     Index("portfolio_by_shard", "shard"),
 )
 
-# Open positions only: a flat one leaves this table, its history stays in the ledger.
+# Open positions only: a flat one leaves this table for `closed_position`. `fees` and `realized` are the cycle's, whose
+# first entry is `opened_sequence`.
 position = Table(
     "position",
     metadata,
@@ -101,41 +111,139 @@ position = Table(
     Column("quantity", NUMBER, nullable=False),
     Column("cost", MONEY, nullable=False),
     Column("realized", MONEY, nullable=False),
+    Column("fees", MONEY, nullable=False),
     Column("opened_at", INSTANT, nullable=False),
+    Column("opened_sequence", BigInteger, nullable=False),
     CheckConstraint("quantity <> 0", name="position_open"),
     _finite("quantity"),
 )
 
-# `nav_before` stands on external flows only: the NAV that the time-weighted return is cut at.
+# Cycles from flat to flat, by the entry that ended each.
+closed_position = Table(
+    "closed_position",
+    metadata,
+    Column("portfolio_id", Text, ForeignKey("portfolio.id"), primary_key=True),
+    Column("closed_sequence", BigInteger, primary_key=True),
+    Column("symbol", Text, nullable=False),
+    Column("side", Text, nullable=False),
+    Column("realized", MONEY, nullable=False),
+    Column("fees", MONEY, nullable=False),
+    Column("opened_at", INSTANT, nullable=False),
+    Column("closed_at", INSTANT, nullable=False),
+    Column("opened_sequence", BigInteger, nullable=False),
+)
+
+# What `corporate-actions` brought, in order of arrival. `terms` is a split's ratio new:old or a dividend's amount per
+# share; a dividend takes effect on its ex-date (`effective_at`) and is paid at `paid_at`.
+corporate_action = Table(
+    "corporate_action",
+    metadata,
+    Column("action_id", Text, primary_key=True),
+    Column("arrival", BigInteger, Identity(), nullable=False, unique=True),
+    Column("kind", Text, nullable=False),
+    Column("symbol", Text, nullable=False),
+    Column("terms", Text, nullable=False),
+    Column("currency", Text),
+    Column("effective_at", INSTANT, nullable=False),
+    Column("paid_at", INSTANT),
+    Column("recorded_at", INSTANT, nullable=False),
+    Column("content_hash", LargeBinary, nullable=False),
+    CheckConstraint("kind IN ('SPLIT','DIVIDEND')", name="corporate_action_kind"),
+    Index("corporate_action_by_symbol", "symbol", "effective_at"),
+)
+
+# Which steps of which actions each shard has in its ledger: SPLIT, DIVIDEND_ACCRUED, DIVIDEND_PAID; once each.
+shard_action = Table(
+    "shard_action",
+    metadata,
+    Column("shard", Integer, ForeignKey("shard.id"), primary_key=True),
+    Column("action_id", Text, ForeignKey("corporate_action.action_id"), primary_key=True),
+    Column("step", Text, primary_key=True),
+    Column("applied_at", INSTANT, nullable=False),
+    Column("late", Boolean, nullable=False),
+)
+
+# Dividends accrued and not paid yet.
+receivable = Table(
+    "receivable",
+    metadata,
+    Column("portfolio_id", Text, ForeignKey("portfolio.id"), primary_key=True),
+    Column("action_id", Text, ForeignKey("corporate_action.action_id"), primary_key=True),
+    Column("amount", MONEY, nullable=False),
+)
+
+# How far a topic that every shard takes part in has been read, per partition of one log.
+topic_offset = Table(
+    "topic_offset",
+    metadata,
+    Column("log_id", Text, primary_key=True),
+    Column("partition", Integer, primary_key=True),
+    Column("next_offset", BigInteger, nullable=False),
+)
+
+# engine.ledger says what the columns mean. `nav_before` stands on external flows only.
 ledger_entry = Table(
     "ledger_entry",
     metadata,
-    Column("portfolio_id", Text, ForeignKey("portfolio.id"), primary_key=True),
-    Column("sequence", BigInteger, primary_key=True),
+    Column("portfolio_id", Text, ForeignKey("portfolio.id"), nullable=False),
+    Column("sequence", BigInteger, nullable=False),
     Column("event_id", Text, nullable=False, unique=True),
     Column("kind", Text, nullable=False),
     Column("symbol", Text),
     Column("side", Text),
     Column("quantity", NUMBER),
     Column("price", NUMBER),
+    Column("scale", Text),
     Column("amount", MONEY, nullable=False),
     Column("fee", MONEY, nullable=False),
+    Column("receivable", MONEY, nullable=False),
     Column("realized", MONEY, nullable=False),
+    Column("cost", MONEY, nullable=False),
+    Column("nav_effect", MONEY, nullable=False),
     Column("cash_after", MONEY, nullable=False),
     Column("nav_before", MONEY),
     Column("effective_at", INSTANT, nullable=False),
     Column("recorded_at", INSTANT, nullable=False),
+    Column("late", Boolean, nullable=False),
     Column("reference", Text),
+    Column("reverses", Text, unique=True),
     Column("content_hash", LargeBinary, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
     CheckConstraint(
-        "kind IN ('OPEN','FILL','DEPOSIT','WITHDRAWAL','REWARD','FEE','INTEREST','DIVIDEND')",
+        "kind IN ('OPEN','FILL','DEPOSIT','WITHDRAWAL','REWARD','FEE','INTEREST','DIVIDEND',"
+        "'SPLIT','DIVIDEND_ACCRUED','DIVIDEND_PAID')",
         name="ledger_kind",
     ),
-    CheckConstraint("fee >= 0", name="ledger_fee"),
+    # It holds all that a filter asks about, so that a filter which matches nothing reads no row of the table.
+    PrimaryKeyConstraint(
+        "portfolio_id",
+        "sequence",
+        postgresql_include=["kind", "symbol", "side", "amount", "effective_at", "recorded_at", "reverses"],
+    ),
+    CheckConstraint("fee >= 0 OR reverses IS NOT NULL", name="ledger_fee"),
     _finite("amount"),
+    # Lots, filters by symbol, and what was traded since an instant.
+    Index("ledger_entry_by_symbol", "portfolio_id", "symbol", "sequence"),
+    # Most entries are fills; the other kinds are few, and looked for.
+    Index(
+        "ledger_entry_by_kind",
+        "portfolio_id",
+        "kind",
+        "sequence",
+        postgresql_where=text("kind <> 'FILL'"),
+    ),
+    # Rows lie in the order in which they were booked, so a block range index finds what is recent, at next to no cost.
+    Index("ledger_entry_recorded", "recorded_at", postgresql_using="brin"),
+    # The time-weighted return is cut at these; there are few of them.
+    Index(
+        "ledger_entry_flows",
+        "recorded_at",
+        postgresql_where=text("kind IN ('DEPOSIT','WITHDRAWAL','REWARD')"),
+    ),
 )
 
-# What each portfolio was worth at its last day cut: `symbols[i]` was worth `position_values[i]`.
+# What each portfolio was worth at its day cuts: `symbols[i]` was worth `position_values[i]`. `estimated` says that
+# nobody evaluated at the cut, and that the figures were made afterwards from the ledger and recorded prices.
 day_baseline = Table(
     "day_baseline",
     metadata,
@@ -145,8 +253,10 @@ day_baseline = Table(
     Column("ledger_sequence", BigInteger, nullable=False),
     Column("symbols", ARRAY(Text), nullable=False),
     Column("position_values", ARRAY(MONEY), nullable=False),
+    Column("estimated", Boolean, nullable=False),
 )
 
+# `flows` and `twr_factor` are of the interval since the portfolio's row before; a factor without definition is NULL.
 equity_snapshot = Table(
     "equity_snapshot",
     metadata,
@@ -154,10 +264,54 @@ equity_snapshot = Table(
     Column("at", INSTANT, primary_key=True),
     Column("nav", MONEY, nullable=False),
     Column("cash", MONEY, nullable=False),
+    Column("receivables", MONEY, nullable=False),
     Column("positions_value", MONEY, nullable=False),
+    Column("flows", MONEY, nullable=False),
+    Column("twr_factor", Double),
     Column("quality", SmallInteger, nullable=False),
     Column("marked_at", INSTANT, nullable=False),
     Column("epoch", BigInteger, nullable=False),
     Column("sequence", BigInteger, nullable=False),
     Column("ledger_sequence", BigInteger, nullable=False),
+)
+
+# The last accepted quote of each symbol at each instant of the grid.
+price_close = Table(
+    "price_close",
+    metadata,
+    Column("symbol", Text, primary_key=True),
+    Column("at", INSTANT, primary_key=True),
+    Column("price", NUMBER, nullable=False),
+    Column("ts_event", INSTANT, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("condition", Text, nullable=False),
+)
+
+# What the reconciler found last; `status` is AGREED, REPAIRED, DRIFTED or BROKEN_LEDGER (engine.reconciliation),
+# `figures` names what did not agree.
+reconciliation = Table(
+    "reconciliation",
+    metadata,
+    Column("portfolio_id", Text, ForeignKey("portfolio.id"), primary_key=True),
+    Column("checked_at", INSTANT, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("ledger_sequence", BigInteger, nullable=False),
+    Column("drift_abs", MONEY, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("figures", ARRAY(Text), nullable=False),
+)
+
+# Every repair that was made, for good.
+repair = Table(
+    "repair",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("shard", Integer, nullable=False),
+    Column("asked_at", INSTANT, nullable=False),
+    Column("portfolios", ARRAY(Text), nullable=False),
+    Column("figures", ARRAY(Text), nullable=False),
+    Column("from_epoch", BigInteger, nullable=False),
+    Column("to_epoch", BigInteger),
+    Column("done_at", INSTANT),
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from decimal import Decimal
+from fractions import Fraction
 
+from engine.corporate_actions import Split
+from engine.portfolio import Position
 from engine.positions import HotPosition
 from engine.posting import hot_position
 from engine.runtime.clock import to_ns
@@ -36,7 +39,7 @@ def test_one_change_per_portfolio_names_what_moved_and_what_closed() -> None:
     )
     (change,) = kept.changes
     assert change.closed == ["AAPL"]
-    assert change.positions == {"BTC": HotPosition("-1", -30 * MICRO, 0, -30 * MICRO, to_ns(AT))}
+    assert change.positions == {"BTC": HotPosition("-1", -30 * MICRO, 0, -30 * MICRO, to_ns(AT), 0, 6)}
     assert [(at.sector, at.value, at.gross, at.weight) for at in change.sectors] == [
         ("Crypto", -30 * MICRO, 30 * MICRO, Decimal("0.6")),
         ("Energy", 20 * MICRO, 20 * MICRO, Decimal("0.4")),
@@ -54,4 +57,8 @@ def test_a_batch_without_effect_changes_nothing() -> None:
 
 def test_instants_are_kept_to_the_microsecond() -> None:
     instant = datetime(2026, 11, 20, 15, 0, 0, 999_999, tzinfo=UTC)
-    assert hot_position(Decimal(1), 2, 3, 4, instant).opened_at_ns == to_ns(instant)
+    held = Position(Decimal(1), 2, 3, 5, instant, 6)
+    split = Split(instant, Fraction(3, 2))
+    assert hot_position(held, 4, (split,)) == HotPosition(
+        "1", 2, 3, 4, to_ns(instant), 5, 6, ((to_ns(instant), "3:2"),)
+    )

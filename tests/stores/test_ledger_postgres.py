@@ -4,83 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from engine.booking import Booked, DeadLetter, Record
+from engine.booking import DeadLetter
+from engine.ledger import CHAIN_START, chain_hash
 from engine.messages import content_hash, decode_event
-from engine.runtime.connections import AWAY, make_engine, postgres_dsn
-from engine.runtime.settings import Settings
-from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter, OffsetMoved
+from engine.runtime.connections import AWAY
+from engine.stores.ledger_postgres import Fenced, OffsetMoved
 from engine.stores.ledger_reads import LedgerReads
-from engine.stores.shards_postgres import Shards
 from tests.bookkeeping import AT, cash, fill, opening, record
-
-LOG = "cluster/topic"
-
-
-class NoMarks:
-    """No prices yet; every NAV is 0."""
-
-    def nav(self, portfolio_id: str) -> int:
-        return 0
-
-    def price(self, symbol: str) -> Decimal | None:
-        return None
-
-    def exposure(self, portfolio_id: str) -> tuple[int, int]:
-        return 0, 0
-
-    def position_day_base(self, portfolio_id: str, symbol: str) -> int:
-        return 0
-
-
-@dataclass
-class Books:
-    """A ledger, the leases on its four shards, and a connection of the superuser's."""
-
-    engine: AsyncEngine
-    writer: LedgerWriter
-    shards: Shards
-    leases: dict[int, Lease]
-    admin: asyncpg.Connection
-    buried: list[DeadLetter]
-
-    async def book(self, *records: Record, shard: int = 0) -> Booked:
-        return await self.writer.book(
-            self.leases[shard], records, await self.next_offset(shard), NoMarks(), AT, self.bury
-        )
-
-    async def bury(self, letters: Sequence[DeadLetter]) -> None:
-        self.buried += letters
-
-    async def entries(self) -> list[tuple[str, int, str]]:
-        rows = await self.admin.fetch("SELECT portfolio_id, sequence, event_id FROM ledger_entry ORDER BY 1, 2")
-        return [tuple(row) for row in rows]
-
-    async def next_offset(self, shard: int = 0) -> int:
-        return await self.admin.fetchval("SELECT next_offset FROM shard WHERE id = $1", shard)
+from tests.books import Books, NoMarks, numbered, open_books
 
 
 @pytest.fixture
 async def books(fresh_database: str) -> AsyncIterator[Books]:
-    engine = make_engine(Settings(postgres_url=fresh_database), "test-ledger")
-    shards = Shards(engine, "me", 60_000)
-    await shards.ensure(4, LOG)
-    leases = {lease.shard: lease for lease in (await shards.renew([], LOG)).claimed}
-    admin = await asyncpg.connect(postgres_dsn(fresh_database))
-    yield Books(engine, LedgerWriter(engine), shards, leases, admin, [])
-    await admin.close()
-    await engine.dispose()
-
-
-def numbered(*events: dict[str, Any], first: int = 0) -> list[Record]:
-    return [record(event, first + at) for at, event in enumerate(events)]
+    async with open_books(fresh_database) as books:
+        yield books
 
 
 # -- append-only -------------------------------------------------------------------------------------------
@@ -202,7 +145,7 @@ async def test_a_batch_whose_dead_letters_can_not_be_produced_is_not_booked_at_a
 
     records = [*numbered(opening("p-1"), fill("p-1", "BUY", "1", "2", "b", symbol="NEW")), record(b"{", 2, "p-1")]
     with pytest.raises(OSError, match="Kafka"):
-        await books.writer.book(books.leases[0], records, await books.next_offset(), NoMarks(), AT, fail)
+        await books.writer.book(books.leases[0], records, await books.next_offset(), NoMarks(), AT, fail, {})
     assert await whole(books) == before
 
 
@@ -215,7 +158,9 @@ async def test_a_connection_lost_before_the_commit_leaves_nothing(books: Books) 
 
     records = [*numbered(opening("p-1"), fill("p-1", "BUY", "1", "2", "b", symbol="NEW")), record(b"{", 2, "p-1")]
     with pytest.raises(AWAY):
-        await books.writer.book(books.leases[0], records, await books.next_offset(), NoMarks(), AT, lose_the_connection)
+        await books.writer.book(
+            books.leases[0], records, await books.next_offset(), NoMarks(), AT, lose_the_connection, {}
+        )
     assert await whole(books) == before
     assert len((await books.book(*records)).entries) == 2
 
@@ -244,7 +189,8 @@ async def test_entries_positions_and_portfolios_come_back_as_they_were_booked(bo
         fill("p-1", "SELL", "3", "8", "b4"),
     ]
     outcome = await books.book(*numbered(*events))
-    stored = await LedgerReads(lambda: books.admin).after("p-1", 0, 100)
+    shown = await LedgerReads(lambda: books.admin).after("p-1", 0, 100)
+    stored = [one.entry for one in shown]
     assert stored == outcome.entries
     assert [entry.content_hash for entry in stored] == [
         content_hash(decode_event(record(event).value)) for event in events
@@ -274,6 +220,69 @@ async def test_a_ledger_that_was_set_back_is_noticed_before_anything_is_booked(b
     await books.admin.execute("UPDATE shard SET next_offset = 1 WHERE id = 0")
     records = numbered(cash("p-1", "DEPOSIT", "7", "e"), first=2)
     with pytest.raises(OffsetMoved):
-        await books.writer.book(books.leases[0], records, 2, NoMarks(), AT, books.bury)
+        await books.writer.book(books.leases[0], records, 2, NoMarks(), AT, books.bury, {})
     assert await books.next_offset() == 1
     assert await books.admin.fetchval("SELECT count(*) FROM ledger_entry") == 2
+
+
+# -- reversals -------------------------------------------------------------------------------------------------------
+
+
+def reversal(reverses: str, event_id: str = "", name: str = "p-1") -> dict[str, Any]:
+    return {
+        "type": "reversal",
+        "event_id": event_id or f"r-{reverses}",
+        "portfolio_id": name,
+        "reverses": reverses,
+        "effective_at": "2026-11-20T16:00:00Z",
+    }
+
+
+async def test_a_reversal_is_an_entry_of_its_own_and_both_stay(books: Books) -> None:
+    await books.book(*numbered(opening("p-1"), cash("p-1", "DEPOSIT", "100", "d"), fill("p-1", "BUY", "2", "10", "b")))
+    (entry,) = (await books.book(*numbered(reversal("b"), first=3))).entries
+    assert (entry.kind, entry.reverses, entry.amount, entry.quantity) == ("FILL", "b", 20_000_000, 2)
+    assert await books.entries() == [("p-1", 1, "open-p-1"), ("p-1", 2, "d"), ("p-1", 3, "b"), ("p-1", 4, "r-b")]
+    assert await books.admin.fetchval("SELECT count(*) FROM position") == 0
+    assert await books.admin.fetchval("SELECT cash FROM portfolio") == 100
+    (cycle,) = await books.admin.fetch("SELECT symbol, side, realized, opened_sequence FROM closed_position")
+    assert tuple(cycle) == ("AAPL", "LONG", 0, 3)
+
+
+async def test_what_can_not_be_reversed_is_a_dead_letter_with_its_code(books: Books) -> None:
+    await books.book(*numbered(opening("p-1"), opening("p-2"), cash("p-1", "DEPOSIT", "100", "d")))
+    await books.book(*numbered(reversal("d"), first=3))
+    refused = [
+        reversal("nothing"),
+        reversal("d", "again"),
+        reversal("r-d"),
+        reversal("open-p-1"),
+        reversal("d", "others", name="p-2"),
+    ]
+    outcome = await books.book(*numbered(*refused, first=4))
+    assert [letter.code for letter in outcome.dead_letters] == [
+        "UNKNOWN_EVENT",
+        "ALREADY_REVERSED",
+        "NOT_REVERSIBLE",
+        "NOT_REVERSIBLE",
+        "UNKNOWN_EVENT",
+    ]
+    assert await books.admin.fetchval("SELECT max(cash) FROM portfolio") == 0
+
+
+async def test_event_and_reversal_twice_within_one_batch(books: Books) -> None:
+    deposit, back = cash("p-1", "DEPOSIT", "100", "d"), reversal("d")
+    outcome = await books.book(*numbered(opening("p-1"), deposit, back, back, reversal("d", "again")))
+    assert (len(outcome.entries), outcome.duplicates) == (3, 1)
+    assert [letter.code for letter in outcome.dead_letters] == ["ALREADY_REVERSED"]
+
+
+async def test_the_chain_goes_on_from_batch_to_batch_and_the_portfolio_knows_its_head(books: Books) -> None:
+    first = await books.book(*numbered(opening("p-1"), cash("p-1", "DEPOSIT", "100", "d1")))
+    second = await books.book(*numbered(cash("p-1", "DEPOSIT", "100", "d2"), first=2))
+    entries = first.entries + second.entries
+    for before, entry in zip([None, *entries], entries, strict=False):
+        assert entry.hash == chain_hash(before.hash if before else CHAIN_START, entry)
+    assert await books.admin.fetchval("SELECT ledger_hash FROM portfolio") == entries[-1].hash
+    rows = await books.admin.fetch("SELECT hash FROM ledger_entry ORDER BY sequence")
+    assert [row["hash"] for row in rows] == [entry.hash for entry in entries]

@@ -94,7 +94,7 @@ async def test_with_timescaledb_equity_snapshots_are_a_hypertable() -> None:
         await connection.close()
     finally:
         drop_database(TIMESCALE_URL, url)
-    assert [row["hypertable_name"] for row in names] == ["equity_snapshot"]
+    assert sorted(row["hypertable_name"] for row in names) == ["equity_snapshot", "price_close"]
 
 
 async def test_without_timescaledb_equity_snapshots_are_a_plain_table_of_the_same_name(database: str) -> None:
