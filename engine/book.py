@@ -1,15 +1,19 @@
 """The Book: the columnar state of all portfolios that one evaluator owns, and the reverse index asset → holders.
 
-Per asset a column of its holders, dense and growable:
-
-    holder intp (portfolio slot) | quantity float64 | value, cost, day_base int64 micro-units
-
-and per portfolio, by slot: cash, realized, fees, positions_value, cost, … int64 micro-units. A tick touches the
-asset's column and the rows of its holders, nothing else:
+Per asset a column of its holders (engine.book_columns), and per portfolio, by slot: cash, receivables, realized,
+fees, positions_value, cost, … int64 micro-units. A tick touches the asset's column and the rows of its holders,
+nothing else:
 
     value_new = round(quantity × price × 10⁶)      positions_value += value_new − value_old
+    NAV       = cash + receivables + positions_value
 
 Values are absolute and whole, so the delta path equals a full recomputation bit for bit, for ever.
+
+Quality. A column has one (MISSING before its first price) and a portfolio counts its positions by quality; its mark
+carries the worst.
+
+Days. A portfolio belongs to the group of its day cut's text and carries the cut that its day bases count from; `cut`
+sets the day bases of the portfolios that it is given and of nobody else.
 
 Exactness. `value_new` equals engine.amounts.value_micro for every quantity and price that it admits:
 
@@ -18,8 +22,8 @@ Exactness. `value_new` equals engine.amounts.value_micro for every quantity and 
 * Otherwise each x whose distance to a half is within that error, or |x| ≥ 2⁴⁹, is computed again in Decimal: the
   float64 of at most 15 digits gives its decimal back (`repr`). With ordinary amounts that is one in 10⁵.
 
-A position that never had a price is carried at its cost, its portfolio's quality is MISSING; one whose value would
-leave ±AMOUNT_MAX_MICRO is carried at its cost too, and nobody else's price waits for it. Not thread-safe.
+A position that never had a price is carried at its cost; one whose value would leave ±AMOUNT_MAX_MICRO is carried at
+its cost too, and nobody else's price waits for it. Not thread-safe.
 """
 
 from __future__ import annotations
@@ -31,24 +35,21 @@ from decimal import Decimal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.amounts import MICRO, MICRO_DIGITS, decimals_of
+from engine.amounts import decimals_of
+from engine.book_columns import Column, Float64s, Int64s
 from engine.marks import MARK, MarkArray, MarkQuality
+from engine.messages import Condition
 from engine.pnl import DayBase, day_ratio_e12
 from engine.positions import carried_value
 
-Int64s = NDArray[np.int64]
 Int32s = NDArray[np.int32]
-Slots = NDArray[np.intp]
-Float64s = NDArray[np.float64]
 
-MICRO_SCALE = float(MICRO)
-HALF = 0.5
-EXACT_PRODUCT_MAX = float(2**49)
-PRODUCT_ERROR = float(2**-50)
 NAV_MAX_MICRO = 2**62  # twice this would wrap int64
 NO_SHARD = -1  # a free slot's
-COLUMN_CAPACITY_MIN = 8
+NO_GROUP = -1  # of a portfolio whose day has not begun
 SLOTS_CAPACITY_MIN = 64
+# What a source says of its price; what becomes of it with time is for engine.sessions to say.
+_SAID = {"": MarkQuality.LIVE, "DELAYED": MarkQuality.DELAYED, "HALTED": MarkQuality.HALTED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,13 @@ class Account:
     """A portfolio's own figures as they enter the Book. Amounts in micro-units."""
 
     cash: int
+    receivables: int
     realized: int
     fees: int
+    income: int
+    flows: int
+    trading: int
+    corporate: int
     ledger_sequence: int
     day: DayBase
 
@@ -82,67 +88,9 @@ class HeldValue:
     missing: bool
 
 
-class _Column:
-    """One asset's holders. Rows [0, count) are in use; removing moves the last row into the gap."""
-
-    __slots__ = (
-        "cost",
-        "count",
-        "day_base",
-        "decimals_max",
-        "holder",
-        "price",
-        "quantity",
-        "quantity_max",
-        "stale",
-        "symbol",
-        "ts_event_ns",
-        "value",
-    )
-
-    def __init__(self, symbol: str) -> None:
-        self.symbol = symbol
-        self.count = 0
-        self.holder: Slots = np.zeros(COLUMN_CAPACITY_MIN, np.intp)
-        self.quantity: Float64s = np.zeros(COLUMN_CAPACITY_MIN, np.float64)
-        self.value: Int64s = np.zeros(COLUMN_CAPACITY_MIN, np.int64)
-        self.cost: Int64s = np.zeros(COLUMN_CAPACITY_MIN, np.int64)
-        self.day_base: Int64s = np.zeros(COLUMN_CAPACITY_MIN, np.int64)
-        self.price: Decimal | None = None
-        self.ts_event_ns = 0
-        self.stale = False
-        self.decimals_max = 0  # these two bound what is in the column; too wide is merely slower
-        self.quantity_max: float = 0
-
-    def reserve(self, count: int) -> None:
-        capacity = len(self.holder)
-        if count <= capacity:
-            return
-        grown = max(count, capacity * 2)
-        for name in ("holder", "quantity", "value", "cost", "day_base"):
-            old = getattr(self, name)
-            new = np.zeros(grown, old.dtype)
-            new[: self.count] = old[: self.count]
-            setattr(self, name, new)
-
-    def values_at(self, price: Decimal) -> Int64s:
-        """round(quantity × price × 10⁶) of all rows, exact; the cost of those beyond the range."""
-        scale = float(price) * MICRO_SCALE
-        quantity = self.quantity[: self.count]
-        product = quantity * scale
-        rounded = np.rint(product)
-        if self.decimals_max + decimals_of(price) <= MICRO_DIGITS and self.quantity_max * scale < EXACT_PRODUCT_MAX:
-            return rounded.astype(np.int64)
-        doubtful = np.abs(product - rounded) >= HALF - np.abs(product) * PRODUCT_ERROR
-        values = np.where(doubtful, 0, rounded).astype(np.int64)
-        for row in np.flatnonzero(doubtful).tolist():
-            values[row] = carried_value(Decimal(repr(float(quantity[row]))), int(self.cost[row]), price)
-        return values
-
-
 class Book:
     def __init__(self) -> None:
-        self._columns: dict[str, _Column] = {}
+        self._columns: dict[str, Column] = {}
         self._slot_of: dict[str, int] = {}
         self._id_of: list[str] = []
         self._free: list[int] = []
@@ -150,28 +98,39 @@ class Book:
         self._rows: list[dict[str, int]] = []
         # Day bases of positions closed since the cut; a position reopened the same day goes on from there.
         self._closed_day_base: dict[tuple[int, str], int] = {}
-        self._day_cut_at_ns = 0
+        # Day cut text → number of its group; how many portfolios each group has.
+        self._group_of: dict[str, int] = {}
+        self._group_sizes: list[int] = []
+        # [quality, slot]: how many of the slot's positions have a price of that quality.
+        self.quality_count: Int32s = np.zeros((len(MarkQuality), 0), np.int32)
         self._allocate(SLOTS_CAPACITY_MIN)
 
     def _allocate(self, capacity: int) -> None:
         for name, dtype in _SLOT_FIELDS:
             old = getattr(self, name, None)
-            new = np.zeros(capacity, dtype)
+            new = np.full(capacity, _FREE.get(name, 0), dtype)
             if old is not None:
                 new[: len(old)] = old
             setattr(self, name, new)
+        more = capacity - self.quality_count.shape[1]
+        self.quality_count = np.pad(self.quality_count, ((0, 0), (0, more)))
 
     cash: Int64s
+    receivables: Int64s
     realized: Int64s
     fees: Int64s
+    income: Int64s
+    flows: Int64s
+    trading: Int64s
+    corporate: Int64s
     positions_value: Int64s
     cost: Int64s
     ledger_sequence: Int64s
     day_base: Int64s
     day_factor: Float64s
     segment_base: Int64s
-    missing_count: Int32s
-    stale_count: Int32s
+    day_cut_at_ns: Int64s
+    group: Int32s
     shard: Int32s
     dirty: NDArray[np.bool_]
 
@@ -191,10 +150,6 @@ class Book:
     def symbols(self) -> Iterable[str]:
         return self._columns.keys()
 
-    @property
-    def day_cut_at_ns(self) -> int:
-        return self._day_cut_at_ns
-
     def slot(self, portfolio_id: str) -> int:
         """Raises KeyError when this Book does not hold the portfolio."""
         return self._slot_of[portfolio_id]
@@ -211,9 +166,9 @@ class Book:
         if portfolio_id in self._slot_of:
             raise ValueError(f"{portfolio_id} is in the Book already")
         slot = self._new_slot(portfolio_id)
-        self.shard[slot] = shard
-        for name in ("positions_value", "cost", "missing_count", "stale_count"):
-            getattr(self, name)[slot] = 0
+        self.shard[slot], self.group[slot] = shard, NO_GROUP
+        self.positions_value[slot] = self.cost[slot] = self.day_cut_at_ns[slot] = 0
+        self.quality_count[:, slot] = 0
         self.set_account(portfolio_id, account)
         for holding in holdings:
             self.set_position(portfolio_id, holding)
@@ -234,10 +189,8 @@ class Book:
 
     def set_account(self, portfolio_id: str, account: Account) -> None:
         slot = self._slot_of[portfolio_id]
-        self.cash[slot] = account.cash
-        self.realized[slot] = account.realized
-        self.fees[slot] = account.fees
-        self.ledger_sequence[slot] = account.ledger_sequence
+        for name in _ACCOUNT_FIELDS:
+            getattr(self, name)[slot] = getattr(account, name)
         self.day_base[slot] = account.day.base
         self.day_factor[slot] = np.nan if account.day.factor is None else account.day.factor
         self.segment_base[slot] = account.day.segment_base
@@ -252,7 +205,7 @@ class Book:
     def nav(self, portfolio_id: str) -> int:
         """NAV in micro-units at the last applied prices."""
         slot = self._slot_of[portfolio_id]
-        return int(self.cash[slot]) + int(self.positions_value[slot])
+        return int(self.cash[slot]) + int(self.receivables[slot]) + int(self.positions_value[slot])
 
     def drop_shard(self, shard: int) -> None:
         """Forget all portfolios of a shard that now belongs to somebody else."""
@@ -263,18 +216,15 @@ class Book:
         for slot in dropped:
             del self._slot_of[self._id_of[slot]]
             self._rows[slot] = {}
+            self._leave_group(slot)
             self.dirty[slot], self.shard[slot] = False, NO_SHARD
             self._free.append(slot)
 
-    def _drop_rows(self, column: _Column, shard: int) -> None:
-        count = column.count
-        kept = np.flatnonzero(self.shard[column.holder[:count]] != shard)
-        if len(kept) == count:
+    def _drop_rows(self, column: Column, shard: int) -> None:
+        kept = np.flatnonzero(self.shard[column.holder[: column.count]] != shard)
+        if len(kept) == column.count:
             return
-        for name in ("holder", "quantity", "value", "cost", "day_base"):
-            array = getattr(column, name)
-            array[: len(kept)] = array[kept]
-        column.count = len(kept)
+        column.keep(kept)
         for row, holder in enumerate(column.holder[: column.count].tolist()):
             self._rows[holder][column.symbol] = row
 
@@ -283,9 +233,7 @@ class Book:
     def set_position(self, portfolio_id: str, holding: Holding) -> None:
         """Set a position to `holding` (absolute); quantity 0 closes it."""
         slot = self._slot_of[portfolio_id]
-        column = self._columns.get(holding.symbol)
-        if column is None:
-            column = self._columns[holding.symbol] = _Column(holding.symbol)
+        column = self._column(holding.symbol)
         value = carried_value(holding.quantity, holding.cost, column.price)
         row = self._rows[slot].get(holding.symbol)
         if not holding.quantity:
@@ -303,35 +251,31 @@ class Book:
             column.quantity_max = max(column.quantity_max, abs(float(holding.quantity)))
         self.dirty[slot] = True
 
+    def _column(self, symbol: str) -> Column:
+        column = self._columns.get(symbol)
+        if column is None:
+            column = self._columns[symbol] = Column(symbol)
+        return column
+
     def _move(self, slot: int, value_change: int, cost_change: int) -> None:
         self.positions_value[slot] += value_change
         self.cost[slot] += cost_change
 
-    def _append(self, column: _Column, slot: int) -> int:
-        row = column.count
-        column.reserve(row + 1)
-        column.holder[row] = slot
-        column.value[row] = column.cost[row] = 0
-        column.count += 1
+    def _append(self, column: Column, slot: int) -> int:
+        row = column.append(slot)
         self._rows[slot][column.symbol] = row
         self._closed_day_base.pop((slot, column.symbol), None)
-        self.missing_count[slot] += column.price is None
-        self.stale_count[slot] += column.stale
+        self.quality_count[column.quality, slot] += 1
         return row
 
-    def _remove(self, column: _Column, row: int) -> None:
+    def _remove(self, column: Column, row: int) -> None:
         slot = int(column.holder[row])
         self._move(slot, -int(column.value[row]), -int(column.cost[row]))
-        self.missing_count[slot] -= column.price is None
-        self.stale_count[slot] -= column.stale
-        last = column.count - 1
-        if row != last:
-            for name in ("holder", "quantity", "value", "cost", "day_base"):
-                array = getattr(column, name)
-                array[row] = array[last]
-            self._rows[int(column.holder[row])][column.symbol] = row
-        column.count = last
+        self.quality_count[column.quality, slot] -= 1
         del self._rows[slot][column.symbol]
+        moved = column.remove(row)
+        if moved is not None:
+            self._rows[moved][column.symbol] = row
 
     def position_day_base(self, portfolio_id: str, symbol: str) -> int:
         """The day base of a position, open or closed since the cut; 0 when it was not held today."""
@@ -364,65 +308,120 @@ class Book:
         column = self._columns.get(symbol)
         return column.price if column else None
 
+    def price_as_of_ns(self, symbol: str) -> int:
+        """The instant of the symbol's price; 0 without one."""
+        column = self._columns.get(symbol)
+        return column.ts_event_ns if column else 0
+
     # -- prices ----------------------------------------------------------------------------------------------
 
-    def tick(self, symbol: str, price: Decimal, ts_event_ns: int) -> int:
-        """Re-value the asset's holders at `price` (a checked number > 0); returns how many positions it touched."""
+    def tick(self, symbol: str, price: Decimal, ts_event_ns: int, condition: Condition = "") -> int:
+        """Re-value the asset's holders at `price` (a checked number > 0); returns how many positions it touched.
+
+        The price is taken for fresh: its quality is what `condition` says, else LIVE, until `set_quality`.
+        """
         column = self._columns.get(symbol)
         if column is None:
-            column = self._columns[symbol] = _Column(symbol)
+            column = self._columns[symbol] = Column(symbol)
         count = column.count
-        holder = column.holder[:count]
         if price != column.price and count:
-            values = column.values_at(price)
-            # A portfolio holds an asset once, so no slot repeats within a column and += adds every change.
-            self.positions_value[holder] += values - column.value[:count]
-            column.value[:count] = values
-            self.dirty[holder] = True
-        if column.price is None:
-            self.missing_count[holder] -= 1
-        if column.stale:
-            self._set_stale(column, False)
-        column.price = price
-        column.ts_event_ns = ts_event_ns
+            self._revalue(column, price)
+        column.price, column.ts_event_ns, column.condition = price, ts_event_ns, condition
+        quality = _SAID[condition]
+        if column.quality is not quality:
+            self._change_quality(column, quality)
         return count
 
-    def flag_stale(self, now_ns: int, stale_after_ns: int) -> int:
-        """Flag assets whose price is older than `stale_after_ns`; returns how many became stale."""
-        aged = [
-            column
-            for column in self._columns.values()
-            if column.price is not None and not column.stale and now_ns - column.ts_event_ns > stale_after_ns
-        ]
-        for column in aged:
-            self._set_stale(column, True)
-        return len(aged)
+    def rescale(self, symbol: str, price: Decimal) -> None:
+        """A split: the same price, of the same instant, in new shares. The rows keep their values until
+        `set_position` brings each its new quantity, `revalue` the others; without a price there is nothing to do."""
+        column = self._columns.get(symbol)
+        if column is not None and column.price is not None:
+            column.price = price
 
-    def _set_stale(self, column: _Column, stale: bool) -> None:
+    def revalue(self, symbol: str) -> None:
+        """Value every row at the present price: after a split, also those whose quantity it left as it was."""
+        column = self._columns.get(symbol)
+        if column is not None and column.price is not None:
+            self._revalue(column, column.price)
+
+    def _revalue(self, column: Column, price: Decimal) -> None:
         holder = column.holder[: column.count]
-        column.stale = stale
-        self.stale_count[holder] += 1 if stale else -1
+        values = column.values_at(price)
+        # A portfolio holds an asset once, so no slot repeats within a column and += adds every change.
+        self.positions_value[holder] += values - column.value[: column.count]
+        column.value[: column.count] = values
+        self.dirty[holder] = True
+
+    def prices(self) -> Iterator[tuple[str, int, Condition, MarkQuality]]:
+        """(symbol, instant, condition, quality) of every price."""
+        for column in self._columns.values():
+            if column.price is not None:
+                yield column.symbol, column.ts_event_ns, column.condition, column.quality
+
+    def set_quality(self, symbol: str, quality: MarkQuality) -> None:
+        """What the symbol's price is worth now. MISSING is for symbols without one."""
+        column = self._columns[symbol]
+        if column.quality is not quality:
+            self._change_quality(column, quality)
+
+    def _change_quality(self, column: Column, quality: MarkQuality) -> None:
+        holder = column.holder[: column.count]
+        self.quality_count[column.quality][holder] -= 1
+        self.quality_count[quality][holder] += 1
+        column.quality = quality
         self.dirty[holder] = True
 
     # -- the day cut -----------------------------------------------------------------------------------------
 
-    def begin_day(self, cut_at_ns: int) -> None:
-        """Marks carry this cut from now on; `cut` then sets each shard's bases."""
-        self._day_cut_at_ns = cut_at_ns
+    def begin_day(self, portfolio_id: str, day_cut: str, cut_at_ns: int) -> None:
+        """Put a portfolio into the group of `day_cut`; its day bases count from `cut_at_ns`."""
+        slot = self._slot_of[portfolio_id]
+        self._leave_group(slot)
+        group = self._group_of.setdefault(day_cut, len(self._group_of))
+        if group == len(self._group_sizes):
+            self._group_sizes.append(0)
+        self._group_sizes[group] += 1
+        self.group[slot], self.day_cut_at_ns[slot] = group, cut_at_ns
+        self.dirty[slot] = True
 
-    def cut(self, shard: int) -> None:
-        """Every day base of the shard becomes the present value."""
-        slots = self.slots_of(shard)
+    def _leave_group(self, slot: int) -> None:
+        if self.group[slot] != NO_GROUP:
+            self._group_sizes[self.group[slot]] -= 1
+            self.group[slot] = NO_GROUP
+
+    @property
+    def day_cuts(self) -> list[str]:
+        """The day cuts that portfolios have."""
+        return [day_cut for day_cut, group in self._group_of.items() if self._group_sizes[group]]
+
+    def due(self, day_cut: str, cut_at_ns: int) -> Int64s:
+        """The slots of a group whose day began before `cut_at_ns`, ascending."""
+        group = self._group_of.get(day_cut)
+        if group is None:
+            return np.zeros(0, np.int64)
+        used = len(self._id_of)  # a slot that was given up is in no group
+        return np.flatnonzero((self.group[:used] == group) & (self.day_cut_at_ns[:used] < cut_at_ns))
+
+    def cut(self, slots: Int64s, cut_at_ns: int) -> None:
+        """Every day base of the portfolios becomes the present value; their day began at `cut_at_ns`."""
+        chosen = np.zeros(len(self.shard), np.bool_)
+        chosen[slots] = True
         for column in self._columns.values():
             count = column.count
-            mine = self.shard[column.holder[:count]] == shard
+            mine = chosen[column.holder[:count]]
             column.day_base[:count][mine] = column.value[:count][mine]
-        chosen = set(slots.tolist())
-        self._closed_day_base = {key: base for key, base in self._closed_day_base.items() if key[0] not in chosen}
-        nav = self.cash[slots] + self.positions_value[slots]
+        gone = set(slots.tolist())
+        self._closed_day_base = {key: base for key, base in self._closed_day_base.items() if key[0] not in gone}
+        nav = self._nav(slots)
         self.day_base[slots] = self.segment_base[slots] = nav
         self.day_factor[slots] = 1
+        self.day_cut_at_ns[slots] = cut_at_ns
         self.dirty[slots] = True
+
+    def _nav(self, slots: Int64s) -> Int64s:
+        nav: Int64s = self.cash[slots] + self.receivables[slots] + self.positions_value[slots]
+        return nav
 
     # -- marks -----------------------------------------------------------------------------------------------
 
@@ -441,25 +440,21 @@ class Book:
     def marks(self, slots: Int64s, as_of_ns: int, sequence: int) -> MarkArray:
         """The slots' marks (engine.marks.MARK), stamped `as_of_ns` and `sequence`."""
         rows = np.zeros(len(slots), MARK)
-        cash, held, cost = self.cash[slots], self.positions_value[slots], self.cost[slots]
-        nav = cash + held
-        rows["nav"], rows["cash"], rows["positions_value"] = nav, cash, held
-        rows["unrealized"] = held - cost
-        rows["realized"], rows["fees"] = self.realized[slots], self.fees[slots]
+        for name in _SHOWN_FIELDS:
+            rows[name] = getattr(self, name)[slots]
+        nav = self._nav(slots)
+        rows["nav"] = nav
+        rows["unrealized"] = rows["positions_value"] - self.cost[slots]
         rows["day_pnl"] = nav - self.day_base[slots]
         rows["day_pnl_ratio_e12"] = day_ratio_e12(nav, self.day_factor[slots], self.segment_base[slots])
-        rows["day_cut_at_ns"], rows["as_of_ns"], rows["sequence"] = self._day_cut_at_ns, as_of_ns, sequence
-        rows["ledger_sequence"] = self.ledger_sequence[slots]
-        rows["quality"] = np.where(
-            self.missing_count[slots] > 0,
-            MarkQuality.MISSING,
-            np.where(self.stale_count[slots] > 0, MarkQuality.STALE, MarkQuality.LIVE),
-        )
+        rows["as_of_ns"], rows["sequence"] = as_of_ns, sequence
+        for quality in MarkQuality:  # ascending, so that the worst is left
+            rows["quality"][self.quality_count[quality][slots] > 0] = quality
         return rows
 
     def out_of_range(self, slots: Int64s) -> NDArray[np.bool_]:
         """Which of the slots have a NAV so large that it may not be shown: |NAV| ≥ NAV_MAX_MICRO."""
-        nav = self.cash[slots].astype(np.float64) + self.positions_value[slots]
+        nav = self.cash[slots].astype(np.float64) + self.receivables[slots] + self.positions_value[slots]
         return np.abs(nav) >= NAV_MAX_MICRO
 
     def revalued(self) -> Iterator[tuple[str, int]]:
@@ -472,18 +467,27 @@ class Book:
         return ((self._id_of[slot], total) for slot, total in totals.items())
 
 
+_ACCOUNT_FIELDS = (
+    "cash",
+    "receivables",
+    "realized",
+    "fees",
+    "income",
+    "flows",
+    "trading",
+    "corporate",
+    "ledger_sequence",
+)
+_SHOWN_FIELDS = (*_ACCOUNT_FIELDS, "positions_value", "day_cut_at_ns")
+# What a slot says that nobody has, where that is not 0.
+_FREE = {"shard": NO_SHARD, "group": NO_GROUP}
 _SLOT_FIELDS: tuple[tuple[str, type[np.generic]], ...] = (
-    ("cash", np.int64),
-    ("realized", np.int64),
-    ("fees", np.int64),
-    ("positions_value", np.int64),
+    *((name, np.int64) for name in _SHOWN_FIELDS),
     ("cost", np.int64),
-    ("ledger_sequence", np.int64),
     ("day_base", np.int64),
     ("day_factor", np.float64),
     ("segment_base", np.int64),
-    ("missing_count", np.int32),
-    ("stale_count", np.int32),
+    ("group", np.int32),
     ("shard", np.int32),
     ("dirty", np.bool_),
 )

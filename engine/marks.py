@@ -1,11 +1,14 @@
-"""A mark: what one portfolio is worth at one instant, as 104 bytes.
+"""A mark: what one portfolio is worth at one instant, as 144 bytes.
 
 The evaluator writes marks as a numpy record array, Redis keeps one per portfolio, frames on `marks:{shard}` carry
 the changed ones, the API reads them back. Amounts are int64 micro-units (10⁻⁶ of the base currency).
 
-    nav = cash + positions_value                 unrealized = positions_value − Σ cost
+    nav = cash + receivables + positions_value   unrealized = positions_value − Σ cost
     day_pnl = nav − nav at the cut − external flows since the cut
     day_pnl_ratio_e12 = time-weighted return since the cut × 10¹², or UNKNOWN
+
+Sums since the opening say why NAV moved between two marks (engine.explain): `realized` (gross), `fees`, `income`,
+`flows`, `trading` (fills against the prices they met) and `corporate`; what they leave is the prices' own movement.
 
 `sequence` grows with every flush of the shard within an `epoch`, which grows with every change of the shard's
 owner: (epoch, sequence) orders all marks of a portfolio. `ledger_sequence` counts the ledger entries included.
@@ -32,10 +35,15 @@ MARK = np.dtype(
     [
         ("nav", "<i8"),
         ("cash", "<i8"),
+        ("receivables", "<i8"),
         ("positions_value", "<i8"),
         ("unrealized", "<i8"),
         ("realized", "<i8"),
         ("fees", "<i8"),
+        ("income", "<i8"),
+        ("flows", "<i8"),
+        ("trading", "<i8"),
+        ("corporate", "<i8"),
         ("day_pnl", "<i8"),
         ("day_pnl_ratio_e12", "<i8"),
         ("day_cut_at_ns", "<i8"),
@@ -52,11 +60,14 @@ MarkArray = NDArray[np.void]
 
 
 class MarkQuality(IntEnum):
-    """How good the prices behind a figure are; a NAV carries the worst (largest) of its positions."""
+    """How good the prices behind a figure are; a NAV carries the worst (largest) of its positions (engine.sessions)."""
 
     LIVE = 0
-    STALE = 1
-    MISSING = 2
+    CLOSED = 1
+    DELAYED = 2
+    STALE = 3
+    HALTED = 4
+    MISSING = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +76,15 @@ class Mark:
 
     nav: int
     cash: int
+    receivables: int
     positions_value: int
     unrealized: int
     realized: int
     fees: int
+    income: int
+    flows: int
+    trading: int
+    corporate: int
     day_pnl: int
     day_pnl_ratio_e12: int | None
     day_cut_at_ns: int
@@ -79,12 +95,13 @@ class Mark:
     epoch: int
 
 
-_MARK_STRUCT = struct.Struct("<13q")
-assert _MARK_STRUCT.size == MARK.itemsize
+_MARK_STRUCT = struct.Struct("<18q")
+assert _MARK_STRUCT.size == MARK.itemsize and MARK.names is not None
+_RATIO_AT, _QUALITY_AT = MARK.names.index("day_pnl_ratio_e12"), MARK.names.index("quality")
 
 _HEADER = struct.Struct("<4sIqqqqq")
 _GROUP = struct.Struct("<HHI")
-_MAGIC = b"NVM1"
+_MAGIC = b"NVM2"
 
 
 def decode_mark(data: bytes | memoryview, epoch: int) -> Mark:
@@ -92,8 +109,8 @@ def decode_mark(data: bytes | memoryview, epoch: int) -> Mark:
     if len(data) != MARK.itemsize:
         raise ValueError(f"a mark has {MARK.itemsize} bytes, not {len(data)}")
     fields: list[Any] = list(_MARK_STRUCT.unpack(data))
-    fields[7] = None if fields[7] == UNKNOWN else fields[7]
-    fields[12] = MarkQuality(fields[12])
+    fields[_RATIO_AT] = None if fields[_RATIO_AT] == UNKNOWN else fields[_RATIO_AT]
+    fields[_QUALITY_AT] = MarkQuality(fields[_QUALITY_AT])
     fields.append(epoch)
     return Mark(*fields)
 

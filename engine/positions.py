@@ -8,28 +8,45 @@
 
 A position that never had a price is carried at its cost and flagged MISSING: its price is None, its P&L 0 because
 nothing is known to have moved. A position opened today has a day base of its notional alone.
+
+The quantity is in the shares of today. A quote stamped before a split is a price of other shares and divided by the
+split's ratio; one that vanishes by that, or leaves the exact range, is none.
+
+Quality is engine.sessions'. The share of a quality is Σ |value| of its positions / Σ |value| of all, so shares are ≥ 0
+and sum to 1 also with short positions; positions worth nothing have no shares.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
 
 import msgspec
 
-from engine.amounts import AmountError, average, ratio, value_micro
+from engine.amounts import EXACT, AmountError, average, ratio, value_micro
+from engine.corporate_actions import Split, parse_scale, price_after
 from engine.marks import MarkQuality
 from engine.messages import Quote
+from engine.sessions import Sessions, instant_of, quality_of
 
 
 class HotPosition(msgspec.Struct, frozen=True, array_like=True):
-    """A position as hot state keeps it. `quantity` is plain decimal text; amounts are micro-units."""
+    """A position as hot state keeps it. `quantity` is plain decimal text; amounts are micro-units.
+
+    `realized` and `fees` are of the cycle that began with the ledger entry `opened_sequence`. `splits` are those in
+    `quantity` already, (effective instant in ns, new:old): a quote stamped before one is divided by its ratio.
+    """
 
     quantity: str
     cost: int
     realized: int
     day_base: int
     opened_at_ns: int
+    fees: int = 0
+    opened_sequence: int = 0
+    splits: tuple[tuple[int, str], ...] = ()
 
 
 hot_position_encoder = msgspec.msgpack.Encoder()
@@ -41,6 +58,7 @@ class PositionValuation:
     """One position at one quote. Amounts in micro-units; ratios are fractions; None is unknown."""
 
     symbol: str
+    opened_sequence: int
     quantity: Decimal
     average_cost: Decimal
     price: Decimal | None
@@ -55,20 +73,44 @@ class PositionValuation:
     weight: Decimal | None
 
 
+@dataclass(frozen=True, slots=True)
+class QualityShare:
+    """The positions whose price is of one quality: Σ |value| in micro-units, and its part of the whole."""
+
+    quality: MarkQuality
+    value: int
+    share: Decimal
+
+
 def value_position(
-    symbol: str, hot: HotPosition, quote: Quote | None, nav: int, now_ns: int, stale_after_ns: int
+    symbol: str,
+    hot: HotPosition,
+    quote: Quote | None,
+    nav: int,
+    now_ns: int,
+    stale_after_ns: int,
+    sessions: Sessions | None = None,
 ) -> PositionValuation:
-    """Value `hot` at `quote`; `nav` (micro-units) is the whole that its weight is a part of."""
+    """Value `hot` at `quote`; `nav` (micro-units) is the whole that its weight is a part of.
+
+    `sessions` are those of the asset's class; without them its market never closes.
+    """
     quantity = Decimal(hot.quantity)
-    price = Decimal(quote.price) if quote else None
+    price = None if quote is None else todays_price(quote, hot.splits)
+    if quote is None or price is None:
+        price_as_of_ns, quality = None, MarkQuality.MISSING
+    else:
+        price_as_of_ns = quote.ts_event_ns
+        quality = quality_of(price_as_of_ns, quote.condition, sessions, now_ns, stale_after_ns)
     value = carried_value(quantity, hot.cost, price)
     return PositionValuation(
         symbol=symbol,
+        opened_sequence=hot.opened_sequence,
         quantity=quantity,
         average_cost=average(hot.cost, quantity),
         price=price,
-        price_as_of_ns=quote.ts_event_ns if quote else None,
-        quality=quality_of(quote.ts_event_ns if quote else None, now_ns, stale_after_ns),
+        price_as_of_ns=price_as_of_ns,
+        quality=quality,
         cost=hot.cost,
         value=value,
         unrealized=value - hot.cost,
@@ -79,6 +121,35 @@ def value_position(
     )
 
 
+def todays_price(quote: Quote, splits: tuple[tuple[int, str], ...]) -> Decimal | None:
+    """The quote's price in shares after `splits` (of HotPosition); None when nothing is left of it."""
+    price = Decimal(quote.price)
+    if not splits:
+        return price
+    try:
+        return price_after(price, quote.ts_event_ns, _parse_splits(splits)) or None
+    except AmountError:
+        return None
+
+
+@lru_cache(maxsize=4_096)
+def _parse_splits(splits: tuple[tuple[int, str], ...]) -> tuple[Split, ...]:
+    return tuple(Split(instant_of(effective_at_ns), parse_scale(scale)) for effective_at_ns, scale in splits)
+
+
+def quality_shares(positions: Iterable[PositionValuation]) -> list[QualityShare]:
+    """The shares of the qualities that occur, best first; none when the positions are worth nothing."""
+    sums: dict[MarkQuality, int] = {}
+    for position in positions:
+        sums[position.quality] = sums.get(position.quality, 0) + abs(position.value)
+    whole = Decimal(sum(sums.values()))
+    if not whole:
+        return []
+    return [
+        QualityShare(quality, value, EXACT.divide(Decimal(value), whole)) for quality, value in sorted(sums.items())
+    ]
+
+
 def carried_value(quantity: Decimal, cost: int, price: Decimal | None) -> int:
     """What a position counts for: its value, or its cost without a price or at one beyond the exact range."""
     if price is None:
@@ -87,10 +158,3 @@ def carried_value(quantity: Decimal, cost: int, price: Decimal | None) -> int:
         return value_micro(quantity, price)
     except AmountError:
         return cost
-
-
-def quality_of(ts_event_ns: int | None, now_ns: int, stale_after_ns: int) -> MarkQuality:
-    """The quality of a price stamped `ts_event_ns` (None: there never was one), seen at `now_ns`."""
-    if ts_event_ns is None:
-        return MarkQuality.MISSING
-    return MarkQuality.STALE if now_ns - ts_event_ns > stale_after_ns else MarkQuality.LIVE

@@ -143,6 +143,13 @@ async def until(holds: Callable[[], bool], timeout_s: float = 15) -> None:
             await asyncio.sleep(0.02)
 
 
+async def until_answered(asks: Callable[[], Awaitable[object]], timeout_s: float = 15) -> None:
+    """Until what is asked of a server is true."""
+    async with asyncio.timeout(timeout_s):
+        while not await asks():
+            await asyncio.sleep(0.02)
+
+
 async def read_all(system: System, topic: str) -> list[tuple[bytes, bytes]]:
     """(value, code header) of every record of a topic."""
     consumer = AIOKafkaConsumer(bootstrap_servers=system.settings.kafka_bootstrap, auto_offset_reset="earliest")

@@ -3,7 +3,7 @@
 Four loops share one Book on one thread; it changes only between awaits, so no lock is needed:
 
     leases    every second: renew, claim up to the fair share, give back what is over it
-    events    Kafka → one PostgreSQL transaction per shard and batch → Book → hot positions
+    events    Kafka → one PostgreSQL transaction per shard and batch → Book → hot positions; likewise corporate actions
     quotes    Redis Pub/Sub → the latest quote per symbol, waiting for the next flush
     flushes   every `flush_interval_ms`: apply the waiting quotes, cut the day when it is time, write what changed
 
@@ -26,15 +26,19 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
 from engine.book import Book
-from engine.booking import DeadLetter, Record
+from engine.booking import Record
 from engine.posting import post
 from engine.runtime import telemetry
 from engine.runtime.clock import Clock, to_datetime
 from engine.runtime.connections import AWAY, Outage, connect_redis, make_engine, make_producer, stopped_within
 from engine.runtime.settings import Settings
+from engine.stores.actions_postgres import ActionsStore
 from engine.stores.hot_state_redis import HotStateWriter
 from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter, OffsetMoved
 from engine.stores.shards_postgres import Shards
+from workers.action_booking import ActionBooking
+from workers.corporate_actions import ActionSchedule
+from workers.dead_letters import bury
 from workers.flusher import Flusher, OwnedShard
 from workers.lifecycle import run_together
 from workers.quote_intake import QuoteIntake
@@ -42,9 +46,6 @@ from workers.sector_map import SectorMap
 
 POLL_TIMEOUT_MS = 100  # how long a fetch waits for events; also how soon a claimed shard is taken up
 LEAVE_TIMEOUT_S = 5  # giving shards back is a courtesy: they expire anyway
-# A record as large as the broker takes would not fit with the headers of a dead letter; the rest is cut off.
-DEAD_LETTER_BYTES_MAX = 900_000
-DEAD_LETTER_KEY_BYTES_MAX = 1_000
 
 _log = structlog.get_logger(__name__)
 
@@ -63,20 +64,31 @@ class Evaluator:
         self.sectors = SectorMap(self._engine)
         self.hot = HotStateWriter(self._redis)
         self.quotes = QuoteIntake(settings)
+        actions_store = ActionsStore(self._engine)
+        self.actions = ActionSchedule(actions_store)
         self.flusher = Flusher(settings, clock, self)
+        self.booking = ActionBooking(settings, clock, actions_store, self)
         self._consumer: AIOKafkaConsumer
-        self._producer: AIOKafkaProducer
+        self.producer: AIOKafkaProducer
         self._log_id = ""
         self._claims: list[Lease] = []
         self._leaving: set[int] = set()
         self._settling = Outage("redis or postgresql")
         self._settle_at_s = 0.0
 
-    def lose(self, shard: int, reason: str) -> None:
-        """Note that a shard is no longer ours; the events loop lets go of it."""
-        if shard in self.owned:
-            _log.warning("shard_lost", shard=shard, epoch=self.owned[shard].lease.epoch, reason=reason)
-            self._leaving.add(shard)
+    def lose(self, lease: Lease, reason: str) -> None:
+        """Note that a shard is no longer ours under this lease; the events loop lets go of it.
+
+        What is said of an older lease than the one held comes too late to matter.
+        """
+        held = self.owned.get(lease.shard)
+        if held is not None and held.lease.epoch <= lease.epoch and lease.shard not in self._leaving:
+            _log.warning("shard_lost", shard=lease.shard, epoch=lease.epoch, reason=reason)
+            self._leaving.add(lease.shard)
+
+    def is_leaving(self, shard: int) -> bool:
+        """Whether a shard that is owned still is about to be let go."""
+        return shard in self._leaving
 
     async def run(self, stop: asyncio.Event) -> None:
         """Evaluate until `stop` is set, then give all shards back."""
@@ -92,7 +104,7 @@ class Evaluator:
     async def _connect(self, stop: asyncio.Event) -> bool:
         outage = Outage("kafka")
         while not stop.is_set():
-            self._producer = make_producer(self._settings, "evaluator")
+            self.producer = make_producer(self._settings, "evaluator")
             self._consumer = AIOKafkaConsumer(
                 bootstrap_servers=self._settings.kafka_bootstrap,
                 client_id="navstream-evaluator",
@@ -101,15 +113,16 @@ class Evaluator:
                 isolation_level="read_committed",
             )
             try:
-                await self._producer.start()
+                await self.producer.start()
                 await self._consumer.start()
-                partitions = await self._producer.partitions_for(self._settings.topic)
+                partitions = await self.producer.partitions_for(self._settings.topic)
                 self._log_id = await self._identify_log()
                 await self.shards.ensure(len(partitions), self._log_id)
                 await self.sectors.load()
+                await self.booking.open(self._consumer, self._log_id)
                 return True
             except AWAY as error:
-                await self._producer.stop()
+                await self.producer.stop()
                 await self._consumer.stop()
                 await stopped_within(stop, outage.begin_or_continue(error))
         return False
@@ -144,7 +157,7 @@ class Evaluator:
         for lease in held:
             if lease.shard not in tenure.kept:
                 self._claims = [claimed for claimed in self._claims if claimed != lease]
-                self.lose(lease.shard, "lease expired")
+                self.lose(lease, "lease expired")
         self._claims += tenure.claimed
         # Those that are about to be let go still count as ours in `tenure`.
         surplus = max(0, tenure.surplus - len(self._leaving & tenure.kept))
@@ -163,7 +176,7 @@ class Evaluator:
                     await self.shards.release(lease)
         except AWAY:
             _log.warning("leases_left_to_expire", shards=sorted(self.owned))
-        for client in ("_consumer", "_producer"):
+        for client in ("_consumer", "producer"):
             if hasattr(self, client):
                 await getattr(self, client).stop()
         await self._redis.aclose()
@@ -176,6 +189,7 @@ class Evaluator:
         while not stop.is_set():
             try:
                 await self._change_shards()
+                await self.booking.book_due()
                 await self._poll()
                 outage.end()
             except AWAY as error:
@@ -193,6 +207,8 @@ class Evaluator:
                 lease = self._claims[0]
                 await self._take(lease)
                 self._claims = [claimed for claimed in self._claims if claimed is not lease]
+            # Before anything of a new shard is published: its quantities must be in the shares of the Book's prices.
+            await self.booking.book_due()
             self._assign()
         if time.monotonic() >= self._settle_at_s:
             await self._settle()
@@ -204,7 +220,7 @@ class Evaluator:
                 try:
                     await self.flusher.settle(owned)
                 except Fenced as error:
-                    self.lose(owned.lease.shard, str(error))
+                    self.lose(owned.lease, str(error))
         except AWAY as error:
             self._settle_at_s = time.monotonic() + self._settling.begin_or_continue(error)
             for owned in self.owned.values():
@@ -216,6 +232,7 @@ class Evaluator:
         self._leaving.discard(number)
         if leaving := self.owned.pop(number, None):
             self.book.drop_shard(number)
+            self.actions.drop(number)
             await self.shards.release(leaving.lease)
 
     async def _take(self, lease: Lease) -> None:
@@ -225,10 +242,11 @@ class Evaluator:
             if before is not None:
                 before.published = False
                 await self.flusher.store_cuts(before)
+            await self.booking.take(lease.shard)
             owned = await self.flusher.take(lease)
         except Fenced as error:
             _log.warning("shard_lost", shard=lease.shard, epoch=lease.epoch, reason=str(error))
-            self.lose(lease.shard, str(error))
+            self.lose(lease, str(error))
             return
         if before is not None and before.lease == lease:
             owned.sequence = before.sequence  # (epoch, sequence) orders marks, so it goes on within an epoch
@@ -237,17 +255,24 @@ class Evaluator:
 
     def _assign(self) -> None:
         topic = self._settings.topic
-        self._consumer.assign([TopicPartition(topic, number) for number in self.owned])
-        for number, shard in self.owned.items():
-            self._consumer.seek(TopicPartition(topic, number), shard.next_offset)
+        offsets = {TopicPartition(topic, number): shard.next_offset for number, shard in self.owned.items()}
+        if 0 in self.owned:
+            offsets |= self.booking.offsets
+        self._consumer.assign(list(offsets))
+        for partition, offset in offsets.items():
+            self._consumer.seek(partition, offset)
 
     async def _poll(self) -> None:
         if not self.owned:
             await asyncio.sleep(POLL_TIMEOUT_MS / 1_000)
             return
         fetched = await self._consumer.getmany(
-            timeout_ms=POLL_TIMEOUT_MS, max_records=self._settings.event_batch_count_max
+            timeout_ms=self.booking.patience_ms(POLL_TIMEOUT_MS),
+            max_records=self._settings.event_batch_count_max,
         )
+        announced = {p.partition: fetched.pop(p) for p in list(fetched) if p.topic == self._settings.actions_topic}
+        if announced and 0 in self.owned:
+            await self.booking.record(self.owned[0].lease, announced)
         batches = (
             self._book_batch(self.owned[partition.partition], records)
             for partition, records in fetched.items()
@@ -270,18 +295,24 @@ class Evaluator:
         try:
             with telemetry.BOOKING_TIME.time():
                 booked = await self._ledger.book(
-                    shard.lease, records, shard.next_offset, self.book, self._now(), partial(self._bury, shard.lease)
+                    shard.lease,
+                    records,
+                    shard.next_offset,
+                    self.book,
+                    self._now(),
+                    partial(bury, self.producer, self._settings.topic, shard.lease.shard),
+                    self.actions.splits_of_shard(shard.lease.shard),
                 )
         except Fenced as error:
-            self.lose(shard.lease.shard, str(error))
+            self.lose(shard.lease, str(error))
             return
         except OffsetMoved as error:
             _log.error("ledger_moved", reason=str(error))
-            self._load_again(shard)
+            self.load_again(shard)
             return
         except AWAY:
             # The commit may have happened without its answer: only the ledger knows, so the shard is read again.
-            self._load_again(shard)
+            self.load_again(shard)
             raise
         shard.next_offset = records[-1].offset + 1
         telemetry.EVENTS.labels("booked").inc(len(booked.entries))
@@ -292,45 +323,21 @@ class Evaluator:
         self.sectors.learn(booked.unclassified)
         shard.posting = True
         try:
-            changes = post(self.book, shard.lease.shard, booked, self.sectors.sector_of)
-            for portfolio_id in booked.opened:
-                self.flusher.place(portfolio_id)
+            changes = post(self.book, shard.lease.shard, booked, self.sectors.sector_of, self.actions.splits_of)
+            for portfolio_id, opened in booked.opened.items():
+                self.flusher.place(portfolio_id, opened.day_cut)
             await self.flusher.write_positions(shard, changes)
         finally:
             shard.posting = False
 
-    def _load_again(self, shard: OwnedShard) -> None:
+    def load_again(self, shard: OwnedShard) -> None:
+        """Read a shard from the ledger anew before anything else is booked on it."""
         if shard.lease not in self._claims:
             self._claims.append(shard.lease)
 
-    async def _bury(self, lease: Lease, letters: Sequence[DeadLetter]) -> None:
-        for letter in letters:
-            telemetry.EVENTS.labels("dead_letter").inc()
-            telemetry.DEAD_LETTERS.labels(letter.code).inc()
-            place = {"partition": lease.shard, "offset": letter.record.offset}
-            _log.warning("dead_letter", code=letter.code, reason=letter.reason, **place)
-        await asyncio.gather(*(self._produce_dead_letter(lease, letter) for letter in letters))
-
-    async def _produce_dead_letter(self, lease: Lease, letter: DeadLetter) -> None:
-        headers = [
-            ("code", letter.code.encode()),
-            ("reason", letter.reason.encode()),
-            ("topic", self._settings.topic.encode()),
-            ("partition", b"%d" % lease.shard),
-            ("offset", b"%d" % letter.record.offset),
-        ]
-        value, key = letter.record.value or b"", letter.record.key
-        if len(value) > DEAD_LETTER_BYTES_MAX:
-            headers.append(("full_length", b"%d" % len(value)))
-        await self._producer.send_and_wait(
-            f"{self._settings.topic}.dlq",
-            value[:DEAD_LETTER_BYTES_MAX],
-            key=None if key is None else key[:DEAD_LETTER_KEY_BYTES_MAX],
-            headers=headers,
-        )
-
     def _now(self) -> datetime:
-        return to_datetime(self._clock.now_ns())
+        """Never beyond a cut that has not been taken."""
+        return to_datetime(self.flusher.as_of_ns)
 
 
 async def run_evaluator(settings: Settings, clock: Clock, stop: asyncio.Event) -> None:

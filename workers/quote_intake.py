@@ -1,5 +1,13 @@
 """Quotes on their way into the Book: the latest per symbol, conflated until the next flush takes them.
 
+Time has boundaries (`boundary_of`) at which state is kept for ever, so the last quote of a symbol up to a boundary
+must not be lost to one beyond it. Waiting quotes lie in segments, one per boundary: a symbol has at most one quote in
+each, and `take(B)` hands out
+
+    per symbol the last one published among those with `ts_event` ≤ B
+
+A quote published later with an earlier instant takes the place of those in later segments too: published last is right.
+
 The latest is what the quotes worker published last; `ts_event` and sequences were judged there (engine.quotes) and are
 not compared again, so that the Book can not come to disagree with `prices`. Quotes are taken in the order of frames.
 
@@ -9,14 +17,15 @@ believed. It is written before a frame is published, so it has the quotes of the
 ones. Frames that were under way meanwhile may bring an older quote back; the last of them ends at what was read.
 
 At most `symbols_count_max` symbols that the catalogue does not list are taken, and all that it lists: what the quotes
-worker accepts has room here. More are refused and counted.
+worker accepts has room here. More are refused and counted. At most SEGMENTS_COUNT_MAX segments are kept; beyond that
+the two oldest become one, which is counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import msgspec
 import structlog
@@ -32,6 +41,7 @@ from engine.stores import redis_keys
 
 SILENCE_MAX_S = 5  # five missed heartbeats: the connection may be dead without having said so
 CLOSE_TIMEOUT_S = 1
+SEGMENTS_COUNT_MAX = 128  # five days of hours: far more than are passed between two flushes, and a bound on memory
 PUBLISHERS_COUNT_MAX = 8  # only the last ones matter; one that is gone never speaks again
 
 _log = structlog.get_logger(__name__)
@@ -53,17 +63,91 @@ class FrameNumbers:
         return frame.sequence > before + 1
 
 
-class QuoteIntake:
-    """`catalogue`: the symbols that always have room, by default those of the shipped catalogue."""
+class WaitingQuotes:
+    """What waits to be taken, in segments. `boundary_of` says the smallest boundary ≥ an instant."""
 
-    def __init__(self, settings: Settings, catalogue: Collection[str] | None = None) -> None:
+    def __init__(self, boundary_of: Callable[[int], int] | None = None) -> None:
+        self.boundary_of = boundary_of or _no_boundary
+        # Boundary → symbol → quote, each quote in the segment of its instant; boundaries ascending.
+        self._segments: dict[int, dict[str, Quote]] = {}
+
+    def add(self, quote: Quote) -> None:
+        """Let the quote that was published last wait."""
+        boundary_ns = self.boundary_of(quote.ts_event_ns)
+        if boundary_ns not in self._segments:
+            boundary_ns = self._open(boundary_ns)
+        segment = self._segments[boundary_ns]
+        conflated = quote.symbol in segment
+        segment[quote.symbol] = quote
+        if next(reversed(self._segments)) != boundary_ns:
+            for later_ns, later in self._segments.items():
+                if later_ns > boundary_ns:
+                    conflated |= later.pop(quote.symbol, None) is not None
+        if conflated:
+            telemetry.QUOTES_CONFLATED.inc()
+
+    def take(self, until_ns: int | None = None) -> list[Quote]:
+        """Per symbol the last quote stamped up to `until_ns`, or at all, with which it waits no longer."""
+        taken: dict[str, Quote] = {}
+        for boundary_ns, segment in list(self._segments.items()):
+            if until_ns is None or boundary_ns <= until_ns:
+                taken |= self._segments.pop(boundary_ns)
+                continue
+            # Boundaries may have come into being since it was filled: a segment can lie on both sides of this one.
+            for symbol in [symbol for symbol, quote in segment.items() if quote.ts_event_ns <= until_ns]:
+                taken[symbol] = segment.pop(symbol)
+            if not segment:
+                del self._segments[boundary_ns]
+        return list(taken.values())
+
+    def is_beyond(self, instant_ns: int) -> bool:
+        """Whether a quote stamped after `instant_ns` waits."""
+        return any(
+            quote.ts_event_ns > instant_ns
+            for boundary_ns, segment in self._segments.items()
+            if boundary_ns > instant_ns
+            for quote in segment.values()
+        )
+
+    def _open(self, boundary_ns: int) -> int:
+        """Begin a segment, merging the two oldest when there are too many; returns the boundary of what it lies in."""
+        self._segments[boundary_ns] = {}
+        self._segments = dict(sorted(self._segments.items()))
+        if len(self._segments) <= SEGMENTS_COUNT_MAX:
+            return boundary_ns
+        oldest_ns, second_ns = list(self._segments)[:2]
+        self._segments[second_ns] = self._segments.pop(oldest_ns) | self._segments[second_ns]
+        telemetry.QUOTE_SEGMENTS_MERGED.inc()
+        return max(boundary_ns, second_ns)
+
+
+def _no_boundary(_: int) -> int:
+    return 0
+
+
+class QuoteIntake:
+    """Listens to the channel `quotes` while `run` runs; what came is taken by `take`.
+
+    `catalogue`: the symbols that always have room, by default those of the shipped catalogue. `boundary_of`, which may
+    be set later as `waiting.boundary_of`, says the smallest boundary ≥ an instant; without it time has none. `name` is
+    the connection's.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalogue: Collection[str] | None = None,
+        boundary_of: Callable[[int], int] | None = None,
+        name: str = "evaluator-quotes",
+    ) -> None:
         self._settings = settings
+        self._name = name
         self._catalogue = frozenset(load_catalogue() if catalogue is None else catalogue)
         # All symbols' last quotes: a fill may make any of them matter. At most the catalogue's symbols and
         # `symbols_count_max` others.
         self._last: dict[str, Quote] = {}
         self._unheard_of_count = 0
-        self._waiting: dict[str, Quote] = {}
+        self.waiting = WaitingQuotes(boundary_of)
         self._numbers = FrameNumbers()
         self._heard_at_s = 0.0
         # Set once `prices` has been read, so that no shard is valued before.
@@ -72,21 +156,15 @@ class QuoteIntake:
     def last(self, symbol: str) -> Quote | None:
         return self._last.get(symbol)
 
-    def take(self, before_ns: int | None = None) -> list[Quote]:
-        """The quotes that wait for a flush, those stamped before `before_ns` only when it is given."""
-        if before_ns is None:
-            taken, self._waiting = self._waiting, {}
-            return list(taken.values())
-        taken = {symbol: quote for symbol, quote in self._waiting.items() if quote.ts_event_ns < before_ns}
-        for symbol in taken:
-            del self._waiting[symbol]
-        return list(taken.values())
+    def take(self, until_ns: int | None = None) -> list[Quote]:
+        """Per symbol the last quote that waits for a flush, of those stamped up to `until_ns` when it is given."""
+        return self.waiting.take(until_ns)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Listen until `stop` is set; a lost connection is made again."""
         outage = Outage("redis")
         while not stop.is_set():
-            redis = connect_redis(self._settings, "evaluator-quotes")
+            redis = connect_redis(self._settings, self._name)
             try:
                 await self._listen(redis, stop, outage)
             except AWAY as error:
@@ -148,9 +226,8 @@ class QuoteIntake:
                 telemetry.QUOTES_REFUSED.inc()
                 return
             self._unheard_of_count += 1
-        if quote.symbol in self._waiting:
-            telemetry.QUOTES_CONFLATED.inc()
-        self._last[quote.symbol] = self._waiting[quote.symbol] = quote
+        self._last[quote.symbol] = quote
+        self.waiting.add(quote)
 
 
 async def _close(client: Redis | PubSub) -> None:

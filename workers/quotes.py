@@ -16,6 +16,9 @@ Redis away: the latest quote of each symbol is kept (as many as the filter knows
 Redis flushed, replaced or restarted from an old copy: noticed within CHECK_INTERVAL_S (the hash has fewer fields than
 this worker wrote, or the server has another run id), and everything known is written and published again.
 
+Where PostgreSQL is known, the classes of its assets are read every CLASSES_INTERVAL_S and decide about bands and
+sessions; before that, without it and while it is away, those last known do, at first the shipped catalogue's.
+
 On start `prices` is read back, so that order and bands go on where the process before left off. One quotes worker
 writes `prices` at a time: a second one's fields would hide that the first one's are gone.
 """
@@ -37,14 +40,17 @@ from engine.assets import Asset, load_catalogue
 from engine.messages import Quote, QuoteFrame, quote_decoder, quote_encoder, quote_frame_encoder
 from engine.quotes import QuoteFilter, Verdict
 from engine.runtime.clock import Clock
-from engine.runtime.connections import AWAY, Outage, connect_redis, stopped_within, wait_until
+from engine.runtime.connections import AWAY, Outage, connect_postgres, connect_redis, stopped_within, wait_until
 from engine.runtime.settings import Settings
+from engine.sessions import Markets
+from engine.stores.assets_postgres import get_classes
 from engine.stores.redis_keys import PRICES, QUOTES_CHANNEL
 from workers.feeds import Feed
 
 FRAME_QUOTES_COUNT_MAX = 2_000  # about 100 kB: a frame that every subscriber decodes in a millisecond or two
 HEARTBEAT_INTERVAL_S = 1
 CHECK_INTERVAL_S = 1
+CLASSES_INTERVAL_S = 30  # assets loaded meanwhile have their class's band this late at most
 RENUMBERED_LOG_INTERVAL_S = 1  # a source that begins anew does so for all its symbols; the counter has every one
 STOP_TIMEOUT_S = 3  # for the last publication and for closing: an absent server must not hold up the exit
 
@@ -69,7 +75,8 @@ async def run_quotes(
 ) -> None:
     """Drain `feed` into Redis until `stop` is set; a feed that ends leaves the heartbeat on.
 
-    `assets` says which band a symbol has and which symbols always have room; by default the shipped catalogue.
+    `assets` says which band and sessions a symbol has and which symbols always have room; by default the shipped
+    catalogue.
     Raises an ExceptionGroup of what the feed raises.
     """
     assets = load_catalogue() if assets is None else assets
@@ -77,6 +84,8 @@ async def run_quotes(
         {asset.symbol: asset.asset_class for asset in assets.values()},
         settings.symbols_count_max,
         settings.quote_future_tolerance_ms * 1_000_000,
+        settings.delayed_sources,
+        None if settings.extended_hours else Markets(settings.calendars),
     )
     redis = connect_redis(settings, "quotes")
     publisher = QuotesPublisher(redis, clock, quote_filter.latest)
@@ -90,9 +99,12 @@ async def run_quotes(
         publisher.begin()
         feed.resume(quote_filter.latest())
         async with asyncio.TaskGroup() as tasks:
-            intake = tasks.create_task(_take_in(feed, clock, quote_filter, publisher))
+            working = [tasks.create_task(_take_in(feed, clock, quote_filter, publisher))]
+            if settings.postgres_url:
+                working.append(tasks.create_task(_follow_classes(settings, quote_filter, stop)))
             await _publish_until(stop, publisher, settings.quotes_publish_interval_ms / 1_000)
-            intake.cancel()
+            for task in working:
+                task.cancel()
     finally:
         with suppress(*AWAY):
             async with asyncio.timeout(STOP_TIMEOUT_S):
@@ -131,6 +143,23 @@ async def _take_in(feed: Feed, clock: Clock, quote_filter: QuoteFilter, publishe
             # A feed with a backlog never really waits; publishing must get its turn all the same.
             await asyncio.sleep(0)
     _log.warning("feed_ended", feed=feed.name)  # prices stand still from here on, which somebody should know
+
+
+async def _follow_classes(settings: Settings, quote_filter: QuoteFilter, stop: asyncio.Event) -> None:
+    """Bring the filter the classes of all assets, again and again, until `stop`."""
+    outage = Outage("postgres")
+    while not stop.is_set():
+        delay_s: float = CLASSES_INTERVAL_S
+        try:
+            pool = await connect_postgres(settings, "quotes")
+            try:
+                quote_filter.classify(await get_classes(pool))
+            finally:
+                pool.terminate()  # at once: there is nothing under way
+            outage.end()
+        except AWAY as error:
+            delay_s = outage.begin_or_continue(error)
+        await stopped_within(stop, delay_s)
 
 
 async def _publish_until(stop: asyncio.Event, publisher: QuotesPublisher, interval_s: float) -> None:

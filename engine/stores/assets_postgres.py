@@ -24,6 +24,7 @@ _UPSERT = f"""
         sector = excluded.sector, industry = excluded.industry
 """
 _GET = f"SELECT {_COLUMNS} FROM asset WHERE symbol = ANY($1::text[])"  # noqa: S608
+_CLASSES = "SELECT symbol, asset_class FROM asset"
 _LIST = f"""
     SELECT {_COLUMNS} FROM asset
     WHERE symbol COLLATE "C" > $1
@@ -61,6 +62,11 @@ async def list_assets(
     """At most `count_max` assets in symbol order, beginning after the symbol `after`."""
     class_text = None if asset_class is None else asset_class.value
     return [_asset(row) for row in await connection.fetch(_LIST, after, class_text, sector, count_max)]
+
+
+async def get_classes(connection: Connection) -> dict[str, AssetClass]:
+    """The class of every asset, by symbol."""
+    return {row["symbol"]: AssetClass(row["asset_class"]) for row in await connection.fetch(_CLASSES)}
 
 
 def _arrays(assets: Sequence[Asset]) -> list[list[str]]:

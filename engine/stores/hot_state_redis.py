@@ -6,6 +6,8 @@ A flush is two commands in one round trip:
     EVAL publish                                    if the pointer still names this epoch: sequence, PUBLISH frame
 
 so a fenced evaluator can neither move a pointer nor publish; what it wrote lies under an epoch nobody reads.
+A snapshot frame goes to the list `snapshots:{n}` by a script that compares the epoch as well.
+
 The bytes of the HSET are laid out once per portfolio as rows of a numpy record array (RESP header, id, mark) and
 only the marks are filled in per flush; ids of equal length share one array, because a record has one width.
 
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 
-from engine.marks import MARK, FrameHeader, MarkArray, frame_parts
+from engine.marks import MARK, FrameHeader, MarkArray, encode_frame, frame_parts
 from engine.positions import hot_position_encoder
 from engine.posting import PositionsChange
 from engine.sectors import SectorValue, sector_value_encoder
@@ -35,6 +37,9 @@ TEMPLATE_CAPACITY_MIN = 64
 _PACKED = np.dtype((np.void, MARK.itemsize))
 # A script call ends with the portfolio that brings it to this many arguments: it blocks Redis for a few milliseconds.
 ARGUMENTS_PER_SCRIPT = 10_000
+
+# A frame per hour and session close: as many as the snapshots worker may lie behind, and a bound on memory.
+SNAPSHOT_FRAMES_MAX = 100
 
 # KEYS: pointer. ARGV: epoch, sequence, updated_at_ns, channel, frame.
 _PUBLISH = """
@@ -85,6 +90,17 @@ return 1
 """
 
 
+# KEYS: pointer, list. ARGV: epoch, frame, how many frames at most. Returns how many were dropped for it, −1 when the
+# pointer is not at this epoch yet, −2 when it is beyond it.
+_SNAPSHOT = """
+local current = tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0)
+if current ~= tonumber(ARGV[1]) then return current > tonumber(ARGV[1]) and -2 or -1 end
+local surplus = redis.call('RPUSH', KEYS[2], ARGV[2]) - tonumber(ARGV[3])
+if surplus > 0 then redis.call('LTRIM', KEYS[2], surplus, -1) end
+return math.max(surplus, 0)
+"""
+
+
 class FlushOutcome(Enum):
     """What became of a flush. LOST: Redis forgot the shard and all of it is to be written again."""
 
@@ -95,7 +111,7 @@ class FlushOutcome(Enum):
 
 @dataclass(slots=True)
 class _Template:
-    """RESP rows of ids of one length: `$len id $104 mark`, the mark left to fill in."""
+    """RESP rows of ids of one length: `$len id $144 mark`, the mark left to fill in."""
 
     rows: NDArray[np.void]
     count: int = 0
@@ -159,6 +175,7 @@ class HotStateWriter:
         self._advance = redis.register_script(_ADVANCE)
         self._positions = redis.register_script(_POSITIONS)
         self._publish = redis.register_script(_PUBLISH)
+        self._snapshot = redis.register_script(_SNAPSHOT)
         self.layout = MarksLayout()
 
     async def advance(self, shard: int, epoch: int, owner: str, now_ns: int) -> bool:
@@ -191,6 +208,22 @@ class HotStateWriter:
         commands.append(self._publish_command(header, frame))
         outcome = (await self._send(commands, len(commands)))[-1]
         return FlushOutcome(outcome)
+
+    def encode(self, header: FrameHeader, slots: NDArray[np.int64], marks: MarkArray) -> bytes:
+        """The frame of marks that are not flushed now: those of a boundary."""
+        groups = self.layout.fill(slots, marks)
+        return encode_frame(header, ((n, rows["id"].tobytes(), rows["mark"].tobytes()) for n, rows in groups))
+
+    async def push_snapshot(self, shard: int, epoch: int, frame: bytes) -> tuple[FlushOutcome, int]:
+        """Append a frame to the shard's list; also how many frames, the oldest ones, were dropped for it.
+
+        LOST: nothing was written, because the pointer is not at this epoch yet or Redis forgot it.
+        """
+        keys = [redis_keys.shard(shard), redis_keys.snapshots(shard)]
+        dropped = int(await self._snapshot(keys=keys, args=[epoch, frame, SNAPSHOT_FRAMES_MAX], client=self._redis))
+        if dropped < 0:
+            return (FlushOutcome.LOST if dropped == -1 else FlushOutcome.FENCED), 0
+        return FlushOutcome.WRITTEN, dropped
 
     def _publish_command(self, header: FrameHeader, frame: list[bytes]) -> list[bytes]:
         arguments = (

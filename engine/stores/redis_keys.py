@@ -24,6 +24,15 @@ def marks_channel(n: int) -> str:
     return f"marks:{{{n}}}"
 
 
+def snapshots(n: int) -> str:
+    """List: one frame (engine.marks) with all of the shard's marks per boundary, stamped with it, oldest first.
+
+    The owner appends at the tail, the snapshots worker drains the head; beyond
+    `hot_state_redis.SNAPSHOT_FRAMES_MAX` the oldest are dropped.
+    """
+    return f"snapshots:{{{n}}}"
+
+
 def positions(n: int, portfolio_id: str) -> str:
     """Hash: symbol → packed position (engine.positions.HotPosition)."""
     return f"positions:{{{n}}}:{portfolio_id}"

@@ -1,4 +1,4 @@
-"""Ownership of shards (leases, epochs, offsets) and what a new owner reads to go on.
+"""Ownership of shards: leases, epochs, offsets; and the baselines of their day cuts.
 
 A shard's row holds owner, lease end, epoch and next offset. An evaluator renews its leases every second, claims
 free or expired ones up to its fair share and gives back what is over it. With `total` shards and `live`
@@ -15,21 +15,18 @@ increments the epoch: whatever the former owner still sends is refused (`Fenced`
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
-from typing import Any
 
 from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from engine.amounts import from_micro, to_micro
-from engine.book import Account, Holding
-from engine.ledger import EXTERNAL_FLOWS, LedgerKind
-from engine.pnl import day_base_since
+from engine.amounts import from_micro
+from engine.baselines import Baseline
 from engine.stores.ledger_postgres import Fenced, Lease
-from engine.stores.tables import day_baseline, evaluator, ledger_entry, portfolio, position, shard
+from engine.stores.shard_loading import LastCut, LoadedShard, QuoteOf, load_shard
+from engine.stores.tables import day_baseline, evaluator, portfolio, shard
 
 
 class ShardCountChanged(Exception):
@@ -43,45 +40,6 @@ class Tenure:
     kept: frozenset[int]
     claimed: Sequence[Lease]
     surplus: int
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedPortfolio:
-    """A portfolio as the Book takes it in, and the day bases of positions closed since the cut."""
-
-    portfolio_id: str
-    account: Account
-    holdings: Sequence[Holding]
-    realized: dict[str, int]
-    opened_at: dict[str, datetime]
-    closed_day_bases: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedShard:
-    """A shard as its owner takes it up. `cut_at` is the last day cut whose baselines are stored."""
-
-    next_offset: int
-    cut_at: datetime | None
-    portfolios: Sequence[LoadedPortfolio]
-
-
-@dataclass(frozen=True, slots=True)
-class Baseline:
-    """What a portfolio was worth at a cut; micro-units."""
-
-    portfolio_id: str
-    nav: int
-    ledger_sequence: int
-    values: dict[str, int]
-
-
-@dataclass(slots=True)
-class _Today:
-    """Of one portfolio since the cut: its flows (NAV before, amount) and signed notionals per symbol."""
-
-    flows: list[tuple[int, int]] = field(default_factory=list)
-    traded: dict[str, int] = field(default_factory=dict)
 
 
 class Shards:
@@ -141,30 +99,19 @@ class Shards:
         async with self._engine.begin() as connection:
             await connection.execute(evaluator.delete().where(evaluator.c.owner == self.owner))
 
-    async def load(self, lease: Lease, cut_at: datetime) -> LoadedShard:
-        """All of a shard at one instant; day bases count from `cut_at` when its baselines are stored.
-
-        Raises Fenced when the shard has left the lease's epoch.
-        """
+    async def load(self, lease: Lease, last_cut: LastCut, quote_of: QuoteOf) -> LoadedShard:
+        """All of a shard at one instant (engine.stores.shard_loading). Raises Fenced when it is not the lease's."""
         async with self._engine.connect() as connection:
             await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
             mine = (shard.c.id == lease.shard) & (shard.c.epoch == lease.epoch)
-            row = (await connection.execute(select(shard).where(mine))).one_or_none()
-            if row is None:
+            # Not locked: renewals of the lease go on meanwhile, and a new owner's state is written under a new epoch.
+            next_offset = await connection.scalar(select(shard.c.next_offset).where(mine))
+            if next_offset is None:
                 raise Fenced(f"shard {lease.shard} has left epoch {lease.epoch}")
-            of_shard = portfolio.c.shard == lease.shard
-            accounts = (await connection.execute(select(portfolio).where(of_shard))).all()
-            held: dict[str, list[Any]] = {row.id: [] for row in accounts}
-            for of in await connection.execute(select(position).join(portfolio).where(of_shard)):
-                held[of.portfolio_id].append(of)
-            known_cut = row.cut_at if row.cut_at == cut_at else None
-            baselines = await _baselines(connection, lease.shard, known_cut)
-            today = await _since(connection, lease.shard, known_cut)
-        portfolios = [_loaded(of, held[of.id], baselines.get(of.id), today.get(of.id, _Today())) for of in accounts]
-        return LoadedShard(row.next_offset, row.cut_at, portfolios)
+            return await load_shard(connection, lease.shard, next_offset, last_cut, quote_of)
 
     async def store_cut(self, lease: Lease, cut_at: datetime, baselines: Sequence[Baseline]) -> None:
-        """Keep a cut's baselines, once. Raises Fenced."""
+        """Keep what portfolios were worth at a cut, each once. Raises Fenced."""
         rows = [
             {
                 "portfolio_id": base.portfolio_id,
@@ -173,69 +120,16 @@ class Shards:
                 "ledger_sequence": base.ledger_sequence,
                 "symbols": list(base.values),
                 "position_values": [from_micro(value) for value in base.values.values()],
+                "estimated": base.estimated,
             }
             for base in baselines
         ]
         async with self._engine.begin() as connection:
             mine = (shard.c.id == lease.shard) & (shard.c.epoch == lease.epoch)
-            moved = await connection.execute(update(shard).where(mine).values(cut_at=cut_at))
-            if not moved.rowcount:
+            if await connection.scalar(select(shard.c.id).where(mine).with_for_update(read=True)) is None:
                 raise Fenced(f"shard {lease.shard} has left epoch {lease.epoch}")
             if rows:
                 await connection.execute(insert(day_baseline).on_conflict_do_nothing(), rows)
-
-
-async def _baselines(connection: AsyncConnection, shard_id: int, cut_at: datetime | None) -> dict[str, Baseline]:
-    if cut_at is None:
-        return {}
-    statement = (
-        select(day_baseline).join(portfolio).where(portfolio.c.shard == shard_id, day_baseline.c.cut_at == cut_at)
-    )
-    return {row.portfolio_id: _baseline(row) for row in await connection.execute(statement)}
-
-
-def _baseline(row: Any) -> Baseline:
-    values = dict(zip(row.symbols, map(to_micro, row.position_values), strict=True))
-    return Baseline(row.portfolio_id, to_micro(row.nav), row.ledger_sequence, values)
-
-
-async def _since(connection: AsyncConnection, shard_id: int, cut_at: datetime | None) -> dict[str, _Today]:
-    """What the ledger says since the cut: entries beyond the baseline's sequence, all of them without one."""
-    if cut_at is None:
-        return {}
-    entry, base = ledger_entry.c, day_baseline.c
-    same_cut = (base.portfolio_id == entry.portfolio_id) & (base.cut_at == cut_at)
-    statement = (
-        select(entry.portfolio_id, entry.kind, entry.symbol, entry.amount, entry.nav_before)
-        .select_from(ledger_entry.join(portfolio).outerjoin(day_baseline, same_cut))
-        .where(portfolio.c.shard == shard_id, entry.sequence > func.coalesce(base.ledger_sequence, 0))
-        .order_by(entry.portfolio_id, entry.sequence)
-    )
-    today: dict[str, _Today] = {}
-    for row in await connection.execute(statement):
-        seen = today.setdefault(row.portfolio_id, _Today())
-        amount = to_micro(row.amount)
-        if row.kind == LedgerKind.FILL:
-            seen.traded[row.symbol] = seen.traded.get(row.symbol, 0) - amount
-        elif LedgerKind(row.kind) in EXTERNAL_FLOWS:
-            seen.flows.append((to_micro(row.nav_before or Decimal(0)), amount))
-    return today
-
-
-def _loaded(row: Any, held: list[Any], baseline: Baseline | None, today: _Today) -> LoadedPortfolio:
-    values = baseline.values if baseline else {}
-    bases = {s: values.get(s, 0) + today.traded.get(s, 0) for s in values.keys() | today.traded.keys()}
-    day = day_base_since(baseline.nav if baseline else 0, today.flows)
-    account = Account(to_micro(row.cash), to_micro(row.realized), to_micro(row.fees), row.ledger_sequence, day)
-    holdings = [Holding(of.symbol, of.quantity.normalize(), to_micro(of.cost), bases.pop(of.symbol, 0)) for of in held]
-    return LoadedPortfolio(
-        row.id,
-        account,
-        holdings,
-        {of.symbol: to_micro(of.realized) for of in held},
-        {of.symbol: of.opened_at for of in held},
-        bases,
-    )
 
 
 _SEEN = text(

@@ -8,6 +8,7 @@ and what lies outside is refused and changes nothing.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -19,12 +20,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engine.amounts import AMOUNT_MAX_MICRO, AmountError, plain, value_micro
 from engine.book import NAV_MAX_MICRO, Account, Book, Holding
-from engine.marks import MarkQuality, decode_mark
+from engine.marks import Mark, MarkQuality, decode_mark
 from engine.pnl import DayBase
 from tests.bookkeeping import SECTORS, Bookkeeping, cash, fill, opening
 
 NAMES = ("p-1", "p-22", "p-333")
 SYMBOLS = tuple(SECTORS)
+ACCOUNT = Account(0, 0, 0, 0, 0, 0, 0, 0, 1, DayBase(0, 1, 0))
+CUT_NS = 1_795_305_600_000_000_000
 
 
 def numbers(digits_max: int, decimals_max: int) -> st.SearchStrategy[str]:
@@ -134,8 +137,7 @@ def held(*quantities: str, symbol: str = "AAPL", cost: int = 0) -> Book:
     """A Book whose n-th portfolio holds the n-th quantity."""
     book = Book()
     for number, quantity in enumerate(quantities):
-        account = Account(0, 0, 0, 1, DayBase(0, 1, 0))
-        book.open(f"p-{number}", 0, account, [Holding(symbol, Decimal(quantity), cost, 0)])
+        book.open(f"p-{number}", 0, ACCOUNT, [Holding(symbol, Decimal(quantity), cost, 0)])
     return book
 
 
@@ -297,7 +299,7 @@ def test_a_position_beyond_the_range_at_the_present_price_is_carried_at_cost() -
 
 def test_a_nav_that_int64_could_not_hold_twice_is_withheld() -> None:
     book = held("1")
-    book.set_account("p-0", Account(AMOUNT_MAX_MICRO - 1, 0, 0, 1, DayBase(0, 1, 0)))
+    book.set_account("p-0", replace(ACCOUNT, cash=AMOUNT_MAX_MICRO - 1))
     slots = np.array([book.slot("p-0")], np.int64)
     assert not book.out_of_range(slots).any()
     for number in range(8):
@@ -317,12 +319,12 @@ def test_a_nav_that_int64_could_not_hold_twice_is_withheld() -> None:
 def test_opening_twice_is_refused() -> None:
     book = held("1")
     with pytest.raises(ValueError, match="in the Book already"):
-        book.open("p-0", 0, Account(0, 0, 0, 1, DayBase(0, 1, 0)))
+        book.open("p-0", 0, ACCOUNT)
 
 
 def test_a_tick_touches_its_holders_and_nobody_else() -> None:
     book = held("1", "2")
-    book.open("p-x", 0, Account(0, 0, 0, 1, DayBase(0, 1, 0)), [Holding("MSFT", Decimal(1), 7, 0)])
+    book.open("p-x", 0, ACCOUNT, [Holding("MSFT", Decimal(1), 7, 0)])
     book.clear(book.changed())
     assert book.tick("AAPL", Decimal(3), 1) == 2
     assert book.portfolio_ids(book.changed()) == ["p-0", "p-1"]
@@ -331,30 +333,106 @@ def test_a_tick_touches_its_holders_and_nobody_else() -> None:
     assert not len(book.changed())
 
 
-def test_a_stale_price_flags_its_holders_until_the_next_tick() -> None:
+def test_a_book_that_grows_and_shrinks_keeps_everybodys_figures_apart() -> None:
+    book = Book()
+    for number in range(300):
+        account = Account(*range(number, number + 8), number, DayBase(number, 1, number))
+        book.open(f"p-{number}", number % 3, account, [Holding("AAPL", Decimal(number + 1), 0, 0)])
+    book.tick("AAPL", Decimal(2), 1)
+    book.drop_shard(1)
+    for number in range(300):
+        if number % 3 == 1:
+            assert f"p-{number}" not in book
+            continue
+        mark = shown(book, f"p-{number}")
+        value = 2 * (number + 1) * 10**6
+        assert (mark.cash, mark.receivables, mark.realized, mark.fees) == tuple(range(number, number + 4))
+        assert (mark.income, mark.flows, mark.trading, mark.corporate) == tuple(range(number + 4, number + 8))
+        assert (mark.positions_value, mark.nav) == (value, value + 2 * number + 1)
+        assert mark.day_pnl == mark.nav - number
+        assert mark.ledger_sequence == number
+
+
+def test_what_is_owed_to_a_portfolio_counts_in_its_nav_and_its_range() -> None:
     book = held("1")
-    book.open("p-x", 0, Account(0, 0, 0, 1, DayBase(0, 1, 0)), [Holding("MSFT", Decimal(1), 7, 0)])
-    book.tick("AAPL", Decimal(3), 1_000)
-    book.tick("MSFT", Decimal(3), 2_000)
-    assert book.flag_stale(2_500, 1_400) == 1
-    assert book.flag_stale(2_500, 1_400) == 0
-    assert [qualities(book, name) for name in ("p-0", "p-x")] == [MarkQuality.STALE, MarkQuality.LIVE]
-    book.open("p-y", 0, Account(0, 0, 0, 1, DayBase(0, 1, 0)), [Holding("AAPL", Decimal(1), 7, 0)])
-    assert qualities(book, "p-y") is MarkQuality.STALE
+    book.tick("AAPL", Decimal(3), 1)
+    book.set_account("p-0", replace(ACCOUNT, receivables=7))
+    assert book.nav("p-0") == shown(book, "p-0").nav == 3 * 10**6 + 7
+    book.cut(book.slots_of(0), CUT_NS)
+    assert shown(book, "p-0").day_pnl == 0
+    book.set_account("p-0", replace(ACCOUNT, receivables=NAV_MAX_MICRO))
+    assert book.out_of_range(book.slots_of(0)).all()
+
+
+# -- quality -----------------------------------------------------------------------------------------------
+
+
+def shown(book: Book, name: str) -> Mark:
+    return decode_mark(book.marks(np.array([book.slot(name)], np.int64), 1, 1).tobytes(), 1)
+
+
+def quality_in(book: Book, name: str) -> MarkQuality:
+    return shown(book, name).quality
+
+
+def test_a_portfolio_without_positions_is_live() -> None:
+    book = Book()
+    book.open("p-0", 0, ACCOUNT)
+    assert quality_in(book, "p-0") is MarkQuality.LIVE
+
+
+@pytest.mark.parametrize("better", list(MarkQuality)[1:-1])
+def test_a_mark_carries_the_worst_quality_of_its_positions(better: MarkQuality) -> None:
+    symbols = {MarkQuality.LIVE: "LIVE", better: "BETTER", MarkQuality(better + 1): "WORSE"}
+    book = Book()
+    book.open("p-0", 0, ACCOUNT, [Holding(symbol, Decimal(1), 1, 0) for symbol in symbols.values()])
+    for quality, symbol in symbols.items():
+        if quality is not MarkQuality.MISSING:
+            book.tick(symbol, Decimal(1), 1)
+            book.set_quality(symbol, quality)
+    assert quality_in(book, "p-0") == better + 1
+    book.set_position("p-0", Holding("WORSE", Decimal(0), 0, 0))
+    assert quality_in(book, "p-0") is better
+    book.set_position("p-0", Holding("BETTER", Decimal(0), 0, 0))
+    assert quality_in(book, "p-0") is MarkQuality.LIVE
+
+
+def test_a_quote_says_at_once_what_it_is_worth() -> None:
+    book = held("1")
+    assert quality_in(book, "p-0") is MarkQuality.MISSING
+    for condition, quality in (("HALTED", "HALTED"), ("", "LIVE"), ("DELAYED", "DELAYED"), ("", "LIVE")):
+        book.clear(book.changed())
+        book.tick("AAPL", Decimal(3), 1, condition)
+        assert quality_in(book, "p-0") is MarkQuality[quality]
+        assert len(book.changed()) == 1
+        assert list(book.prices()) == [("AAPL", 1, condition, MarkQuality[quality])]
+
+
+def test_a_prices_quality_reaches_its_holders_alone_also_those_that_come_later() -> None:
+    book = held("1", "2")
+    book.open("p-x", 0, ACCOUNT, [Holding("MSFT", Decimal(1), 7, 0)])
+    for symbol in ("AAPL", "MSFT"):
+        book.tick(symbol, Decimal(3), 1_000)
+    book.clear(book.changed())
+    book.set_quality("AAPL", MarkQuality.STALE)
+    assert book.portfolio_ids(book.changed()) == ["p-0", "p-1"]
+    book.clear(book.changed())
+    book.set_quality("AAPL", MarkQuality.STALE)
+    assert not len(book.changed())
+    book.open("p-y", 0, ACCOUNT, [Holding("AAPL", Decimal(1), 7, 0)])
+    names = ("p-0", "p-x", "p-y")
+    assert [quality_in(book, name).name for name in names] == ["STALE", "LIVE", "STALE"]
     book.tick("AAPL", Decimal(3), 3_000)
-    assert [qualities(book, name) for name in ("p-0", "p-y")] == [MarkQuality.LIVE, MarkQuality.LIVE]
+    assert [quality_in(book, name).name for name in names] == ["LIVE", "LIVE", "LIVE"]
 
 
-def test_a_stale_position_that_is_closed_leaves_its_portfolio_live() -> None:
+def test_a_slots_next_portfolio_starts_with_no_ones_qualities() -> None:
     book = held("1")
-    book.tick("AAPL", Decimal(3), 1_000)
-    book.flag_stale(9_000, 1_000)
-    book.set_position("p-0", Holding("AAPL", Decimal(0), 0, 0))
-    assert qualities(book, "p-0") is MarkQuality.LIVE
-
-
-def qualities(book: Book, name: str) -> MarkQuality:
-    return decode_mark(book.marks(np.array([book.slot(name)], np.int64), 1, 1).tobytes(), 1).quality
+    book.drop_shard(0)
+    book.open("p-next", 0, ACCOUNT)
+    assert quality_in(book, "p-next") is MarkQuality.LIVE
+    book.tick("AAPL", Decimal(3), 1)
+    assert not book.quality_count.any()
 
 
 def test_shards_come_and_go_and_everything_else_stays_right() -> None:
@@ -392,7 +470,7 @@ def test_a_dropped_shards_slots_belong_to_no_shard() -> None:
     book.drop_shard(0)
     book.touch(slots)
     assert not (book.shard[book.changed()] == 0).any()
-    book.open("p-new", 3, Account(0, 0, 0, 1, DayBase(0, 1, 0)))
+    book.open("p-new", 3, ACCOUNT)
     assert book.portfolio_ids(book.slots_of(3)) == ["p-new"]
 
 
@@ -431,15 +509,85 @@ def test_a_slots_next_portfolio_inherits_nothing_of_the_day() -> None:
     book = held("1")
     book.set_position("p-0", Holding("AAPL", Decimal(0), 0, 77))
     book.drop_shard(0)
-    book.open("p-other", 0, Account(0, 0, 0, 1, DayBase(0, 1, 0)))
+    book.open("p-other", 0, ACCOUNT)
     assert book.position_day_base("p-other", "AAPL") == 0
 
 
-def test_a_cut_of_one_shard_leaves_the_others_alone() -> None:
+def test_a_cut_of_some_portfolios_leaves_the_others_alone() -> None:
     kept = Bookkeeping(shards_count=2)
     kept.send(opening("a"), opening("b"))
-    assert {kept.shard_of("a"), kept.shard_of("b")} == {0, 1}
     for name in "ab":
         kept.send(cash(name, "DEPOSIT", "10", f"d-{name}"), cash(name, "INTEREST", "1", f"i-{name}"))
-    kept.book.cut(kept.shard_of("a"))
-    assert (kept.mark("a").day_pnl, kept.mark("b").day_pnl) == (0, 10**6)
+        kept.send(fill(name, "BUY", "1", "10", f"f-{name}"), fill(name, "SELL", "1", "9", f"g-{name}", symbol="XOM"))
+        kept.send(fill(name, "BUY", "1", "8", f"h-{name}", symbol="XOM"))
+    kept.tick("AAPL", "12")
+    kept.book.cut(np.array([kept.book.slot("a")], np.int64), CUT_NS)
+    cut, other = kept.mark("a"), kept.mark("b")
+    assert (cut.day_pnl, cut.day_cut_at_ns) == (0, CUT_NS)
+    assert (other.day_pnl, other.day_cut_at_ns) == (4 * 10**6, 0)
+    bases = [[kept.book.position_day_base(name, symbol) for symbol in ("AAPL", "XOM")] for name in "ab"]
+    assert bases == [[12 * 10**6, 0], [10 * 10**6, -(10**6)]]
+
+
+def test_each_group_of_portfolios_has_its_own_cut() -> None:
+    book = held("1", "1", "1")
+    for name, day_cut in (("p-0", "00:00 UTC"), ("p-1", "close:XNYS"), ("p-2", "00:00 UTC")):
+        book.begin_day(name, day_cut, CUT_NS)
+    assert book.day_cuts == ["00:00 UTC", "close:XNYS"]
+    assert book.portfolio_ids(book.due("00:00 UTC", CUT_NS + 1)) == ["p-0", "p-2"]
+    assert not len(book.due("00:00 UTC", CUT_NS)) and not len(book.due("12:00 UTC", CUT_NS + 1))
+    book.cut(book.due("00:00 UTC", CUT_NS + 1), CUT_NS + 1)
+    assert not len(book.due("00:00 UTC", CUT_NS + 1))
+    assert [shown(book, f"p-{n}").day_cut_at_ns - CUT_NS for n in range(3)] == [1, 0, 1]
+
+
+def test_a_group_ends_with_its_last_portfolio_and_a_dropped_slot_is_in_none() -> None:
+    book = held("1")
+    book.begin_day("p-0", "00:00 UTC", CUT_NS)
+    book.begin_day("p-0", "12:00 UTC", CUT_NS)
+    assert book.day_cuts == ["12:00 UTC"]
+    book.drop_shard(0)
+    assert book.day_cuts == [] and not len(book.due("12:00 UTC", CUT_NS + 1))
+    book.open("p-next", 0, ACCOUNT)
+    assert book.day_cuts == [] and shown(book, "p-next").day_cut_at_ns == 0
+
+
+# -- splits ------------------------------------------------------------------------------------------------
+
+
+def test_a_rescaled_price_moves_nobody_until_the_new_quantity_comes() -> None:
+    book = held("10", "7")
+    book.tick("AAPL", Decimal(120), 1)
+    before = [book.nav(name) for name in ("p-0", "p-1")]
+    book.clear(book.changed())
+    book.rescale("AAPL", Decimal(30))
+    assert (book.price("AAPL"), book.price_as_of_ns("AAPL")) == (Decimal(30), 1)
+    assert [book.nav(name) for name in ("p-0", "p-1")] == before and not len(book.changed())
+    for name, quantity in (("p-0", 40), ("p-1", 28)):
+        book.set_position(name, Holding("AAPL", Decimal(quantity), 0, 0))
+    assert [book.nav(name) for name in ("p-0", "p-1")] == before
+    assert list(dict(book.revalued()).values()) == before
+    book.tick("AAPL", Decimal(31), 2)
+    assert [book.nav(name) for name in ("p-0", "p-1")] == [1_240 * 10**6, 868 * 10**6]
+
+
+def test_who_bought_in_new_shares_before_the_split_was_booked_is_valued_at_the_new_price() -> None:
+    """There is no entry that would bring a new quantity, and the next quote may be at that very price."""
+    book = held("10", "28")
+    book.tick("AAPL", Decimal(120), 1)
+    book.rescale("AAPL", Decimal(30))
+    book.set_position("p-0", Holding("AAPL", Decimal(40), 0, 0))
+    book.clear(book.changed())
+    book.revalue("AAPL")
+    assert [book.nav(name) for name in ("p-0", "p-1")] == [1_200 * 10**6, 840 * 10**6]
+    assert dict(book.revalued()) == {"p-0": 1_200 * 10**6, "p-1": 840 * 10**6}
+    assert book.slot("p-1") in book.changed()
+    book.revalue("MSFT")
+
+
+def test_a_split_of_a_symbol_without_a_price_leaves_it_without() -> None:
+    book = held("1", cost=7)
+    book.rescale("AAPL", Decimal(30))
+    book.rescale("MSFT", Decimal(30))
+    assert (book.price("AAPL"), book.price("MSFT"), book.nav("p-0")) == (None, None, 7)
+    assert (book.price_as_of_ns("AAPL"), book.price_as_of_ns("MSFT")) == (0, 0)

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from datetime import datetime
 from decimal import Decimal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from engine.amounts import parse_number
 from engine.assets import AssetClass
-from engine.messages import Quote
+from engine.messages import Condition, Quote
 from engine.quotes import (
     BANDS,
     RESTART_QUOTES_COUNT,
@@ -19,6 +21,8 @@ from engine.quotes import (
     Verdict,
     trim_number,
 )
+from engine.runtime.clock import to_ns
+from engine.sessions import Markets
 
 NOW_NS = 1_795_000_000_000_000_000
 TOLERANCE_NS = 5_000_000_000
@@ -360,6 +364,154 @@ def test_a_stored_quote_from_another_run_s_future_is_left_out() -> None:
     assert verdicts(quote_filter, raw("20", source="replay")) == ["ACCEPTED"]
 
 
+# -- conditions and sessions --------------------------------------------------------------------------------------
+
+
+def said(
+    condition: Condition, price: str, sequence: int | None = None, *, at: int = 0, source: str = "feed"
+) -> RawQuote:
+    return RawQuote("AAPL", price, NOW_NS + at, source, sequence, condition)
+
+
+def test_a_halted_quote_keeps_the_last_good_price_whatever_its_own_is() -> None:
+    for price in ("0.01", "9999", "101", "", "nonsense", "-5", "0"):
+        quote_filter = make_filter()
+        verdicts(quote_filter, raw("100", 1, at=-9))
+        halted = Quote("AAPL", "100", NOW_NS - 9, "feed", 1, "HALTED")
+        assert quote_filter.judge(said("HALTED", price, 2, at=-5), NOW_NS) == (Verdict.ACCEPTED, halted)
+        assert quote_filter.latest() == {"AAPL": halted}
+
+
+def test_the_next_quote_ends_the_halt_and_one_beyond_the_band_when_it_is_confirmed() -> None:
+    quote_filter = make_filter()
+    quotes = raw("100", 1), said("HALTED", "1", 2), said("HALTED", "2", 3), raw("200", 4)
+    assert verdicts(quote_filter, *quotes) == ["ACCEPTED", "ACCEPTED", "ACCEPTED", "QUARANTINED"]
+    assert (quote_filter.latest()["AAPL"].price, quote_filter.latest()["AAPL"].condition) == ("100", "HALTED")
+    assert verdicts(quote_filter, raw("201", 5)) == ["ACCEPTED"]
+    assert quote_filter.latest()["AAPL"] == Quote("AAPL", "201", NOW_NS, "feed", 5)
+
+
+def test_a_halt_is_ordered_like_any_quote() -> None:
+    quote_filter = make_filter()
+    quotes = raw("100", 5, at=-5), said("HALTED", "", 4), said("HALTED", "", 6), said("HALTED", "7", 6), raw("99", 5)
+    assert verdicts(quote_filter, *quotes) == ["ACCEPTED", "OUT_OF_ORDER", "ACCEPTED", "DUPLICATE", "OUT_OF_ORDER"]
+    # Another source's quote of before the halt does not end it, one of after it does.
+    assert verdicts(quote_filter, raw("99", at=-4, source="other")) == ["OUT_OF_ORDER"]
+    assert verdicts(quote_filter, raw("99", at=1, source="other")) == ["ACCEPTED"]
+    assert quote_filter.latest()["AAPL"].condition == ""
+
+
+def test_a_symbol_that_begins_halted_shows_the_price_it_came_with_but_is_not_held_to_it() -> None:
+    quote_filter = make_filter()
+    assert verdicts(quote_filter, said("HALTED", "", 1), said("HALTED", "0", 1)) == ["MALFORMED", "MALFORMED"]
+    assert quote_filter.symbols_count == 0
+    assert verdicts(quote_filter, said("HALTED", "3", 1)) == ["ACCEPTED"]
+    assert quote_filter.latest()["AAPL"] == Quote("AAPL", "3", NOW_NS, "feed", 1, "HALTED")
+    assert verdicts(quote_filter, said("HALTED", "4", 2), raw("100", 3), raw("300", 4)) == [
+        "ACCEPTED",
+        "ACCEPTED",
+        "QUARANTINED",
+    ]
+    assert quote_filter.latest()["AAPL"].price == "100"
+
+
+def test_a_halted_quote_must_be_well_formed_but_for_its_price() -> None:
+    quote_filter = make_filter()
+    verdicts(quote_filter, raw("100", 1))
+    assert verdicts(quote_filter, said("HALTED", "", -1), said("HALTED", "", 2, source="a b")) == ["MALFORMED"] * 2
+    assert verdicts(quote_filter, said("HALTED", "", 2, at=TOLERANCE_NS + 1)) == ["FUTURE"]
+
+
+@pytest.mark.parametrize("sequence", [7, None])
+def test_another_condition_of_the_same_quote_is_news(sequence: int | None) -> None:
+    quote_filter = make_filter()
+    steps: list[tuple[Condition, str]] = [
+        ("", "ACCEPTED"),
+        ("", "DUPLICATE"),
+        ("HALTED", "ACCEPTED"),
+        ("HALTED", "DUPLICATE"),
+        ("", "ACCEPTED"),
+        ("DELAYED", "ACCEPTED"),
+        ("DELAYED", "DUPLICATE"),
+    ]
+    for condition, expected in steps:
+        assert verdicts(quote_filter, said(condition, "100", sequence)) == [expected]
+        assert quote_filter.latest()["AAPL"] == Quote("AAPL", "100", NOW_NS, "feed", sequence, condition)
+
+
+def test_another_condition_does_not_excuse_an_older_quote() -> None:
+    quote_filter = make_filter()
+    quotes = raw("100", 7), said("DELAYED", "100", 6), said("DELAYED", "100", 7, at=-1)
+    assert verdicts(quote_filter, *quotes) == ["ACCEPTED", "OUT_OF_ORDER", "OUT_OF_ORDER"]
+
+
+def test_quotes_of_a_delayed_source_are_delayed_unless_they_are_halted() -> None:
+    quote_filter = QuoteFilter(CLASSES, 100, TOLERANCE_NS, ("late",))
+    found = []
+    for quote in (raw("100", 1), raw("101", 1, source="late"), said("HALTED", "", 2, source="late"), raw("102", 2)):
+        found.append(quote_filter.judge(quote, NOW_NS)[1])
+    assert [(quote.price, quote.condition) for quote in found if quote] == [
+        ("100", ""),
+        ("101", "DELAYED"),
+        ("101", "HALTED"),
+        ("102", ""),
+    ]
+
+
+def test_a_restored_halt_goes_on_and_its_price_is_the_band_s_reference() -> None:
+    quote_filter = make_filter()
+    stored = [Quote("AAPL", "100", NOW_NS - 9, "feed", 7, "HALTED")]
+    assert quote_filter.restore(stored, NOW_NS) == 1
+    assert quote_filter.latest() == {"AAPL": stored[0]}
+    assert verdicts(quote_filter, raw("300", 8), raw("101", 9)) == ["QUARANTINED", "ACCEPTED"]
+
+
+def test_a_new_class_brings_its_band_and_takes_no_room() -> None:
+    quote_filter = make_filter(symbols_count_max=1)
+    assert verdicts(quote_filter, raw("100", 1, symbol="MINE"), raw("140", 2, symbol="MINE")) == ["ACCEPTED"] * 2
+    quote_filter.classify(CLASSES | {"MINE": AssetClass.COMMODITY, "OTHER": AssetClass.EQUITY})
+    assert verdicts(quote_filter, raw("190", 3, symbol="MINE"), raw("1", symbol="OTHER")) == [
+        "QUARANTINED",
+        "TOO_MANY_SYMBOLS",
+    ]
+
+
+MARKETS = Markets({AssetClass.EQUITY: "XNYS", AssetClass.COMMODITY: "CMES"})
+
+
+@pytest.mark.parametrize(
+    ("symbol", "at", "expected"),
+    [
+        ("AAPL", "2026-11-25T14:29:59Z", "OUT_OF_SESSION"),
+        ("AAPL", "2026-11-25T14:30:00Z", "ACCEPTED"),
+        ("AAPL", "2026-11-25T21:00:00Z", "ACCEPTED"),
+        ("AAPL", "2026-11-25T21:15:00Z", "ACCEPTED"),  # the official close
+        ("AAPL", "2026-11-25T21:15:01Z", "OUT_OF_SESSION"),
+        ("AAPL", "2026-11-26T17:00:00Z", "OUT_OF_SESSION"),
+        ("AAPL", "2026-11-27T18:30:00Z", "OUT_OF_SESSION"),  # after an early close
+        ("XAU-USD", "2026-11-26T03:00:00Z", "ACCEPTED"),
+        ("XAU-USD", "2026-11-28T17:00:00Z", "OUT_OF_SESSION"),
+        ("BTC-USD", "2026-11-28T17:00:00Z", "ACCEPTED"),
+        ("NEVER", "2026-11-28T17:00:00Z", "ACCEPTED"),
+    ],
+)
+def test_with_markets_a_quote_must_be_of_a_session(symbol: str, at: str, expected: str) -> None:
+    at_ns = to_ns(datetime.fromisoformat(at))
+    strict = QuoteFilter(CLASSES, 100, TOLERANCE_NS, markets=MARKETS)
+    quote = RawQuote(symbol, "100", at_ns, "feed", 1)
+    assert strict.judge(quote, at_ns)[0] == expected
+    assert strict.symbols_count == (expected == "ACCEPTED")
+    assert make_filter().judge(quote, at_ns)[0] == "ACCEPTED"
+
+
+def test_out_of_session_a_halt_is_heard_and_what_was_accepted_once_is_restored() -> None:
+    at_ns = to_ns(datetime.fromisoformat("2026-11-28T17:00Z"))
+    strict = QuoteFilter(CLASSES, 100, TOLERANCE_NS, markets=MARKETS)
+    assert strict.restore([Quote("AAPL", "100", at_ns, "feed", 1)], at_ns) == 1
+    assert strict.judge(RawQuote("AAPL", "101", at_ns, "feed", 2), at_ns)[0] == "OUT_OF_SESSION"
+    assert strict.judge(RawQuote("AAPL", "101", at_ns, "feed", 3, "HALTED"), at_ns)[0] == "ACCEPTED"
+
+
 RAW_QUOTES = st.builds(
     RawQuote,
     symbol=st.sampled_from(["A", "B", "C", "bad symbol"]),
@@ -408,6 +560,24 @@ def test_no_price_beyond_the_band_gets_through_alone(steps: list[tuple[int, int]
             last, refused = Decimal(price), None
         elif verdict is Verdict.QUARANTINED:
             refused = Decimal(price)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([100, 104, 300]), st.integers(1, 30), st.sampled_from(["", "DELAYED", "HALTED"])),
+        max_size=40,
+    )
+)
+def test_no_halt_moves_a_price(steps: list[tuple[int, int, Condition]]) -> None:
+    quote_filter, good = make_filter(), None
+    for price, sequence, condition in steps:
+        _, quote = quote_filter.judge(said(condition, str(price), sequence), NOW_NS)
+        if quote is None:
+            continue
+        if condition == "HALTED" and good is not None:
+            assert quote == replace(good, condition="HALTED")
+        assert quote.condition == condition
+        good = quote
 
 
 @given(st.floats(min_value=1e-6, max_value=1e14))

@@ -8,7 +8,7 @@ import pytest
 from engine.assets import Asset, AssetClass, load_catalogue, unclassified
 from engine.runtime.connections import connect_postgres
 from engine.runtime.settings import Settings
-from engine.stores.assets_postgres import get_assets, list_assets, upsert_assets
+from engine.stores.assets_postgres import get_assets, get_classes, list_assets, upsert_assets
 
 
 @pytest.fixture
@@ -53,6 +53,13 @@ async def test_pages_by_keyset_neither_repeat_nor_miss_a_symbol(pool: asyncpg.Po
         assert len(page) <= 3
         seen += [asset.symbol for asset in page]
     assert seen == sorted(symbols)
+
+
+async def test_every_asset_s_class_is_known(pool: asyncpg.Pool) -> None:
+    assert await get_classes(pool) == {}
+    await upsert_assets(pool, [*load_catalogue().values(), unclassified("MINE")])
+    classes = {asset.symbol: asset.asset_class for asset in load_catalogue().values()}
+    assert await get_classes(pool) == classes | {"MINE": AssetClass.UNCLASSIFIED}
 
 
 async def test_a_listing_is_narrowed_by_class_and_sector(pool: asyncpg.Pool) -> None:

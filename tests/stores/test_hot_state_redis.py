@@ -16,7 +16,7 @@ from engine.positions import HotPosition, hot_position_decoder
 from engine.posting import PositionsChange
 from engine.sectors import SectorSlice, SectorValue, sector_value_decoder
 from engine.stores import redis_keys
-from engine.stores.hot_state_redis import FlushOutcome, HotStateWriter, MarksLayout
+from engine.stores.hot_state_redis import SNAPSHOT_FRAMES_MAX, FlushOutcome, HotStateWriter, MarksLayout
 
 SHARD = 3
 NOW_NS = 1_700_000_000_000_000_000
@@ -192,6 +192,57 @@ async def test_moving_on_deletes_the_replaced_marks_and_no_others(client: Redis)
     assert not await client.exists(redis_keys.marks(SHARD, 1))
     await writer.advance(SHARD, 2, "me", NOW_NS)
     assert await client.exists(redis_keys.marks(SHARD, 2))
+
+
+# -- snapshot frames ---------------------------------------------------------------------------------------
+
+
+async def frames(client: Redis) -> list[bytes]:
+    return await client.lrange(redis_keys.snapshots(SHARD), 0, -1)
+
+
+async def test_snapshot_frames_lie_in_order_and_read_as_they_were_made(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    slots = place(writer, ["p-1", "p-22"])
+    await writer.advance(SHARD, 4, "me", NOW_NS)
+    made = [writer.encode(header(4, n), slots, marks_of(2, first=n)) for n in range(3)]
+    for frame in made:
+        assert await writer.push_snapshot(SHARD, 4, frame) == (FlushOutcome.WRITTEN, 0)
+    assert await frames(client) == made
+    found, groups = decode_frame(made[2])
+    assert found == header(4, 2)
+    navs = {ids[0]: decode_mark(packed, 4).nav for ids, packed in groups}
+    assert navs == {b"p-1": 2_001, b"p-22": 3_001}
+
+
+async def test_a_snapshot_frame_of_a_former_owner_is_refused(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    await writer.advance(SHARD, 5, "newer", NOW_NS)
+    assert await writer.push_snapshot(SHARD, 4, b"frame") == (FlushOutcome.FENCED, 0)
+    assert await frames(client) == []
+
+
+@pytest.mark.parametrize("pointer", [None, 9])
+async def test_a_snapshot_frame_before_its_epoch_is_published_is_not_taken_yet(
+    client: Redis, pointer: int | None
+) -> None:
+    writer = HotStateWriter(client)
+    if pointer is not None:
+        await writer.advance(SHARD, pointer, "former", NOW_NS)
+    assert await writer.push_snapshot(SHARD, 10, b"frame") == (FlushOutcome.LOST, 0)
+    assert await frames(client) == []
+    await writer.advance(SHARD, 10, "me", NOW_NS)
+    assert await writer.push_snapshot(SHARD, 10, b"frame") == (FlushOutcome.WRITTEN, 0)
+
+
+async def test_beyond_the_bound_the_oldest_snapshot_frames_are_dropped_and_counted(client: Redis) -> None:
+    writer = HotStateWriter(client)
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    await client.rpush(redis_keys.snapshots(SHARD), *(b"%d" % n for n in range(SNAPSHOT_FRAMES_MAX - 1)))
+    assert await writer.push_snapshot(SHARD, 1, b"last that fits") == (FlushOutcome.WRITTEN, 0)
+    assert await writer.push_snapshot(SHARD, 1, b"one too many") == (FlushOutcome.WRITTEN, 1)
+    kept = await frames(client)
+    assert (len(kept), kept[0], kept[-1]) == (SNAPSHOT_FRAMES_MAX, b"1", b"one too many")
 
 
 # -- positions and sectors ---------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ import asyncpg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from engine.baselines import Baseline
 from engine.booking import Record
-from engine.ledger import LedgerKind
+from engine.runtime.clock import to_ns
 from engine.runtime.connections import make_engine, postgres_dsn
 from engine.runtime.settings import Settings
 from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter
-from engine.stores.shards_postgres import Baseline, ShardCountChanged, Shards
-from tests.bookkeeping import AT, cash, fill, opening, record
+from engine.stores.shards_postgres import ShardCountChanged, Shards
+from tests.bookkeeping import AT, opening, record
 
 LOG = "cluster/topic"
 LEASE_MS = 60_000  # time passes only where a test moves it
@@ -204,11 +205,11 @@ async def test_offsets_go_on_within_a_log_and_begin_anew_in_another(cluster: Clu
     await cluster.admin.execute("UPDATE shard SET next_offset = 41")
     (member,) = cluster.join()
     await member.round()
-    assert (await member.shards.load(member.owned[0], CUT_AT)).next_offset == 41
+    assert (await member.shards.load(member.owned[0], last_cut, no_quote)).next_offset == 41
     await member.shards.release(member.owned.pop(0))
     tenure = await member.shards.renew([], "another cluster/topic")
     assert tenure.claimed == [Lease(0, 2, "another cluster/topic")]
-    assert (await member.shards.load(tenure.claimed[0], CUT_AT)).next_offset == 0
+    assert (await member.shards.load(tenure.claimed[0], last_cut, no_quote)).next_offset == 0
 
 
 async def test_a_topic_of_another_size_is_refused_once_there_are_portfolios(cluster: Cluster) -> None:
@@ -231,12 +232,12 @@ async def test_an_empty_ledger_takes_the_shape_of_any_topic(cluster: Cluster) ->
         assert ids == list(range(count))
 
 
-# -- what a new owner reads ------------------------------------------------------------------------------------
+# -- day cuts ---------------------------------------------------------------------------------------------------
 
 
 class Marks:
     def nav(self, portfolio_id: str) -> int:
-        return 1_500_000
+        return 0
 
     def price(self, symbol: str) -> Decimal | None:
         return None
@@ -252,84 +253,44 @@ async def book(cluster: Cluster, lease: Lease, *records: Record) -> None:
     async def bury(letters: object) -> None:
         raise AssertionError(letters)
 
-    await LedgerWriter(cluster.engine).book(lease, records, records[0].offset, Marks(), AT, bury)
+    await LedgerWriter(cluster.engine).book(lease, records, records[0].offset, Marks(), AT, bury, {})
 
 
-async def test_a_shard_is_loaded_as_it_was_booked_with_its_day_since_the_cut(cluster: Cluster) -> None:
-    await cluster.start(2)
-    (member,) = cluster.join()
-    await member.round()
-    shards, lease, other = member.shards, member.owned[0], member.owned[1]
-    before = [opening("p-1"), cash("p-1", "DEPOSIT", "1", "d1"), fill("p-1", "BUY", "2", "3", "b1")]
-    await book(cluster, lease, *(record(event, n) for n, event in enumerate(before)))
-    await book(cluster, other, record(opening("p-9")))
-    await shards.store_cut(lease, CUT_AT, [Baseline("p-1", 1_000_000, 3, {"AAPL": 7_000_000})])
-    since = [
-        fill("p-1", "SELL", "2", "4", "s1"),
-        cash("p-1", "DEPOSIT", "10", "d2"),
-        fill("p-1", "SELL", "1", "5", "s2", symbol="XOM"),
-        opening("p-2"),
-    ]
-    await book(cluster, lease, *(record(event, 3 + n) for n, event in enumerate(since)))
-    loaded = await shards.load(lease, CUT_AT)
-    assert (loaded.next_offset, loaded.cut_at) == (7, CUT_AT)
-    first, second = sorted(loaded.portfolios, key=lambda portfolio: portfolio.portfolio_id)
-    assert (first.portfolio_id, second.portfolio_id) == ("p-1", "p-2")
-    assert (first.account.cash, first.account.realized, first.account.ledger_sequence) == (18_000_000, 2_000_000, 6)
-    assert (first.account.day.base, first.account.day.segment_base) == (11_000_000, 13_500_000)
-    assert first.account.day.factor == 3.5  # 1.5, and 2 gained by the sale in the same batch
-    assert [(h.symbol, h.quantity, h.cost, h.day_base) for h in first.holdings] == [
-        ("XOM", Decimal(-1), -5_000_000, -5_000_000)
-    ]
-    assert first.closed_day_bases == {"AAPL": -1_000_000}
-    assert (second.account.day.base, second.holdings) == (0, [])
+def last_cut(_: str) -> int:
+    return to_ns(CUT_AT)
 
 
-async def test_baselines_of_another_cut_do_not_count(cluster: Cluster) -> None:
+def no_quote(_: str) -> None:
+    return None
+
+
+async def test_a_portfolios_cut_is_stored_once(cluster: Cluster) -> None:
     await cluster.start(1)
     (member,) = cluster.join()
     await member.round()
     lease = member.owned[0]
-    await book(cluster, lease, record(opening("p-1")), record(cash("p-1", "DEPOSIT", "1", "d1"), 1))
-    await member.shards.store_cut(lease, CUT_AT, [Baseline("p-1", 1_000_000, 2, {})])
-    loaded = await member.shards.load(lease, CUT_AT + timedelta(days=1))
-    assert (loaded.cut_at, loaded.portfolios[0].account.day.base) == (CUT_AT, 0)
-
-
-async def test_a_cut_is_stored_once(cluster: Cluster) -> None:
-    await cluster.start(1)
-    (member,) = cluster.join()
-    await member.round()
-    lease = member.owned[0]
-    await book(cluster, lease, record(opening("p-1")))
-    await member.shards.store_cut(lease, CUT_AT, [Baseline("p-1", 5, 1, {"AAPL": 6})])
-    await member.shards.store_cut(lease, CUT_AT, [Baseline("p-1", 7, 1, {})])
-    rows = await cluster.admin.fetch("SELECT nav, symbols FROM day_baseline")
-    assert [tuple(row) for row in rows] == [(Decimal("0.000005"), ["AAPL"])]
+    await book(cluster, lease, record(opening("p-1")), record(opening("p-2"), 1))
+    taken, again = Baseline("p-1", 5, 1, {"AAPL": 6}), Baseline("p-1", 7, 1, {}, estimated=True)
+    await member.shards.store_cut(lease, CUT_AT, [taken])
+    await member.shards.store_cut(lease, CUT_AT, [again, Baseline("p-2", 8, 1, {}, estimated=True)])
+    rows = await cluster.admin.fetch("SELECT portfolio_id, nav, symbols, estimated FROM day_baseline ORDER BY 1")
+    assert [tuple(row) for row in rows] == [
+        ("p-1", Decimal("0.000005"), ["AAPL"], False),
+        ("p-2", Decimal("0.000008"), [], True),
+    ]
 
 
 async def test_a_former_owner_neither_loads_nor_cuts(cluster: Cluster) -> None:
     await cluster.start(1)
     first, second = cluster.join(2)
     await first.round()
-    await first.shards.release(first.owned[0])
+    former = first.owned[0]
+    await book(cluster, former, record(opening("p-1")))
+    await first.shards.release(former)
     await second.round()
     with pytest.raises(Fenced):
-        await first.shards.load(first.owned[0], CUT_AT)
+        await first.shards.load(former, last_cut, no_quote)
     with pytest.raises(Fenced):
-        await first.shards.store_cut(first.owned[0], CUT_AT, [])
-    assert (await second.shards.load(second.owned[0], CUT_AT)).cut_at is None
-
-
-async def test_only_deposits_withdrawals_and_rewards_move_the_day_base(cluster: Cluster) -> None:
-    await cluster.start(1)
-    (member,) = cluster.join()
-    await member.round()
-    lease = member.owned[0]
-    kinds = [kind for kind in LedgerKind if kind not in (LedgerKind.OPEN, LedgerKind.FILL)]
-    events = [opening("p-1"), *(cash("p-1", kind, str(10**n), f"c-{kind}") for n, kind in enumerate(kinds))]
-    await book(cluster, lease, *(record(event, n) for n, event in enumerate(events)))
-    await member.shards.store_cut(lease, CUT_AT, [Baseline("p-1", 0, 1, {})])
-    day = (await member.shards.load(lease, CUT_AT)).portfolios[0].account.day
-    assert kinds[:3] == [LedgerKind.DEPOSIT, LedgerKind.WITHDRAWAL, LedgerKind.REWARD]
-    assert day.base == (1 - 10 + 100) * 10**6
+        await first.shards.store_cut(former, CUT_AT, [Baseline("p-1", 5, 1, {})])
+    assert not await cluster.admin.fetchval("SELECT count(*) FROM day_baseline")
+    assert (await second.shards.load(second.owned[0], last_cut, no_quote)).next_offset == 1

@@ -29,7 +29,9 @@ from engine.stores.hot_state_redis import FlushOutcome
 from engine.stores.ledger_postgres import Fenced, Lease
 from engine.stores.shards_postgres import Tenure
 from tests.running_system import MICRO, System, connected, deposit, fill, opening, read_all, running
-from workers.evaluator import DEAD_LETTER_BYTES_MAX, Evaluator
+from workers.corporate_actions import ActionSchedule
+from workers.dead_letters import DEAD_LETTER_BYTES_MAX
+from workers.evaluator import Evaluator
 from workers.flusher import OwnedShard
 
 
@@ -51,6 +53,11 @@ async def alone() -> AsyncIterator[Evaluator]:
     """An evaluator that is connected to nothing; its parts are replaced by the test."""
     settings = Settings(redis_url="redis://127.0.0.1:1", postgres_url="postgresql://127.0.0.1:1/x")
     evaluator = Evaluator(settings, WallClock())
+
+    async def nothing(*_: object) -> Any:
+        return {}
+
+    evaluator.actions = ActionSchedule(SimpleNamespace(known=nothing, applied=nothing))  # type: ignore[arg-type]
     yield evaluator
     await evaluator._redis.aclose()
     await evaluator._engine.dispose()
@@ -64,9 +71,9 @@ def own(evaluator: Evaluator, *shards: int) -> None:
     """Give the evaluator shards with one portfolio each, holding one AAPL."""
     for shard in shards:
         evaluator.owned[shard] = OwnedShard(lease(shard), 0, published=True)
-        account = Account(0, 0, 0, 1, DayBase(0, 1, 0))
+        account = Account(0, 0, 0, 0, 0, 0, 0, 0, 1, DayBase(0, 1, 0))
         evaluator.book.open(f"p-{shard}", shard, account, [Holding("AAPL", Decimal(1), 7, 0)])
-        evaluator.flusher.place(f"p-{shard}")
+        evaluator.flusher.place(f"p-{shard}", "00:00 UTC")
 
 
 # -- with real servers ---------------------------------------------------------------------------------------
@@ -159,7 +166,7 @@ async def test_every_batch_of_a_fetch_comes_to_an_end_before_the_next_fetch(alon
         ended.append(of.shard)
         raise ConnectionResetError
 
-    alone._consumer = SimpleNamespace(getmany=getmany)
+    alone._consumer, alone.producer = SimpleNamespace(getmany=getmany), SimpleNamespace()
     alone._ledger = SimpleNamespace(book=book)  # type: ignore[assignment]
     with pytest.raises(ConnectionResetError):
         await alone._poll()
@@ -254,11 +261,11 @@ async def test_a_flush_writes_no_slot_that_has_changed_hands_since_it_was_counte
     counted, first = alone.book.changed(), alone.owned[0]
     alone.book.drop_shard(1)
     own(alone, 2)
-    await alone.flusher._flush_shard(first, counted, 0)
+    await alone.flusher._flush_shard(first, counted, 1, 0)
     assert flushed == [["p-0"]]
     assert alone.book.portfolio_ids(alone.book.changed()) == ["p-2"]
     del alone.owned[0]
-    await alone.flusher._flush_shard(first, counted, 0)
+    await alone.flusher._flush_shard(first, counted, 1, 0)
     assert flushed == [["p-0"]]
 
 

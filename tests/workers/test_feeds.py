@@ -69,6 +69,17 @@ def test_a_message_holds_one_quote_or_an_array() -> None:
     assert parse_message("[]") == []
 
 
+def test_a_message_may_say_a_condition() -> None:
+    said = [parse_message(message(condition=condition))[0].condition for condition in (None, "", "DELAYED", "HALTED")]
+    assert said == ["", "", "DELAYED", "HALTED"]
+
+
+def test_a_halted_message_needs_no_price() -> None:
+    (quote,) = parse_message(message(condition="HALTED", price=None))
+    assert (quote.price, quote.condition) == ("", "HALTED")
+    assert parse_message(message(condition="HALTED", price="5"))[0].price == "5"
+
+
 def test_a_number_s_digits_stay_exact_and_a_float_s_noise_is_trimmed() -> None:
     before = problems("ws", "price_trimmed")
     prices = ["0.1", "189.23000000000002", "123456789012345", "1e2", "7"]
@@ -118,6 +129,12 @@ def test_instants_in_every_unit_are_understood() -> None:
         (message(sequence=1.5), "bad_sequence"),
         (message(sequence=True), "bad_sequence"),
         (message(ts_event=None), "bad_instant"),
+        (message(condition="halted"), "bad_condition"),
+        (message(condition="LIVE"), "bad_condition"),
+        (message(condition=True), "bad_condition"),
+        (message(condition=["HALTED"]), "bad_condition"),
+        (message(condition=0), "bad_condition"),
+        (message(condition="DELAYED", price=None), "bad_price"),
         (message(ts_event="yesterday"), "bad_instant"),
         (message(ts_event="2026-11-22T10:15:30"), "bad_instant"),
     ],

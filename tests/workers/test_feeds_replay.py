@@ -13,9 +13,18 @@ import pytest
 from prometheus_client import REGISTRY
 
 from engine.assets import AssetClass
+from engine.corporate_actions import DividendAction, SplitAction, decode_action, encode_action
 from engine.quotes import QuoteFilter, Verdict
 from engine.runtime.clock import DAY_NS, MarketClock, MarketClockPlan, make_clock, plan_market_clock, to_ns
-from workers.feeds.replay import ReplayFeed, bar_prices, bar_quotes, first_day_prices, parse_replay, plan_replay
+from workers.feeds.replay import (
+    ReplayFeed,
+    bar_actions,
+    bar_prices,
+    bar_quotes,
+    first_day_prices,
+    parse_replay,
+    plan_replay,
+)
 from workers.feeds.select import make_feed
 
 MARKET = Path(__file__).parents[3] / "shared" / "market"
@@ -74,6 +83,16 @@ def test_quotes_stand_at_new_york_s_session_in_summer_and_winter_time(tmp_path: 
     assert all(q.ts_event_ns == at and q.sequence is None for at, quotes in steps for q in quotes)
 
 
+def test_a_session_that_closes_early_ends_with_its_last_quote(tmp_path: Path) -> None:
+    """The day after Thanksgiving, and a day that the exchange does not know."""
+    path = write_bars(tmp_path / "bars.csv", "2020-11-27,A,1,1,1,2,1,0,1", "2020-11-28,A,1,1,1,2,1,0,1")
+    assert [at for at, _ in bar_quotes(path)] == [
+        to_ns(datetime(2020, 11, day, hour, minute, tzinfo=UTC))
+        for day, times in ((27, ((14, 30), (15, 40), (16, 50), (18, 0))), (28, ((14, 30), (16, 40), (18, 50), (21, 0))))
+        for hour, minute in times
+    ]
+
+
 async def test_a_replay_follows_its_clock_and_ends(tmp_path: Path) -> None:
     path = write_bars(tmp_path / "bars.csv", *TWO_DAYS)
     clock = clock_over(path, speed_milli=4_000)
@@ -107,6 +126,77 @@ async def test_rows_that_can_not_be_read_are_counted_and_skipped(tmp_path: Path)
     feed = ReplayFeed(path, clock_over(path, 1_000, started_s_ago=60))
     assert [len(batch) async for batch in feed.batches()] == [1]
     assert problems("replay", "bad_row") > before
+
+
+# --- corporate actions
+
+
+def test_bars_with_a_split_or_a_dividend_announce_them(tmp_path: Path) -> None:
+    path = write_bars(
+        tmp_path / "bars.csv",
+        "2020-08-28,A,10,12,9,11,1,0.0,1.0",
+        "2020-08-31,A,3,3,3,3,1,0.250,4.0",
+        "2020-12-01,B,3,3,3,3,1,0.0,0.125",
+    )
+    assert list(bar_actions(path)) == [
+        SplitAction(
+            action_id="split:A:2020-08-31",
+            symbol="A",
+            ratio="4",
+            effective_at=datetime(2020, 8, 31, 13, 30, tzinfo=UTC),
+        ),
+        DividendAction(
+            action_id="dividend:A:2020-08-31",
+            symbol="A",
+            amount="0.25",
+            currency="USD",
+            ex_date=date(2020, 8, 31),
+            pay_date=date(2020, 9, 14),
+        ),
+        SplitAction(
+            action_id="split:B:2020-12-01",
+            symbol="B",
+            ratio="0.125",
+            effective_at=datetime(2020, 12, 1, 14, 30, tzinfo=UTC),
+        ),
+    ]
+    assert list(bar_actions(path)) == list(bar_actions(path)), "announced again, they are the same"
+
+
+def test_an_action_takes_effect_no_later_than_its_day_s_first_quote(tmp_path: Path) -> None:
+    path = write_bars(tmp_path / "bars.csv", "2020-10-30,A,1,1,1,1,1,0,2", "2020-11-02,A,1,1,1,1,1,0,2")
+    splits = [to_ns(action.effective_at) for action in bar_actions(path) if isinstance(action, SplitAction)]
+    firsts = [at for at, _ in bar_quotes(path)][::4]
+    assert splits == firsts
+
+
+@pytest.mark.parametrize("value", ["-0.5,1", "NaN,1", "much,1", "0,0", "0,-2", "0,1e9", "1e-30,1"])
+def test_what_is_no_action_is_counted_and_skipped(tmp_path: Path, value: str) -> None:
+    path = write_bars(tmp_path / "bars.csv", f"2020-10-30,A,1,1,1,1,1,{value}", "2020-11-02,A,1,1,1,1,1,0,2")
+    before = problems("replay", "bad_action")
+    assert [action.action_id for action in bar_actions(path)] == ["split:A:2020-11-02"]
+    assert problems("replay", "bad_action") == before + 1
+
+
+def test_bars_without_those_columns_have_no_actions(tmp_path: Path) -> None:
+    path = tmp_path / "bars.csv"
+    path.write_text("date,symbol,open,high,low,close\n2020-10-30,A,1,1,1,1\n2020-10-30,A,1,1,1,1,5,2\n")
+    assert list(bar_actions(path)) == []
+    path.write_text("date,symbol,open,high,low,close,split\n2020-10-30,A,1,1,1,1,2\n2020-10-30,B,1,1,1,1,\n")
+    assert [action.action_id for action in bar_actions(path)] == ["split:A:2020-10-30"]
+
+
+def test_the_recorded_year_has_11_splits_and_1550_dividends() -> None:
+    actions = list(bar_actions(recorded(BARS)))
+    assert Counter(type(action) for action in actions) == {SplitAction: 11, DividendAction: 1_550}
+    assert len({action.action_id for action in actions}) == 1_561
+    for action in actions:
+        assert decode_action(encode_action(action)) == action
+    ratios = {action.symbol: action.ratio for action in actions if isinstance(action, SplitAction)}
+    assert (ratios["AAPL"], ratios["TSLA"], ratios["RTX"]) == ("4", "5", "1.589")
+    # Of two on one day the split is first: the dividend is per new share.
+    ids = [action.action_id for action in actions if action.symbol == "RTX"]
+    assert ids[:2] == ["split:RTX:2020-04-03", "dividend:RTX:2020-04-03"]
 
 
 def test_what_is_no_file_of_bars_is_refused(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from engine.assets import load_catalogue
@@ -15,7 +17,7 @@ from engine.runtime import telemetry
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 from tests.builders import HotStateBuilder
-from workers.quote_intake import PUBLISHERS_COUNT_MAX, FrameNumbers, QuoteIntake
+from workers.quote_intake import PUBLISHERS_COUNT_MAX, SEGMENTS_COUNT_MAX, FrameNumbers, QuoteIntake, WaitingQuotes
 
 WAIT_S = 10
 
@@ -119,3 +121,108 @@ def test_a_bounded_number_of_publishers_is_remembered() -> None:
     for n in range(3 * PUBLISHERS_COUNT_MAX):
         numbers.is_gap(QuoteFrame(f"p{n}", 1, 1, []))
     assert len(numbers._last) == PUBLISHERS_COUNT_MAX
+
+
+# -- segments ----------------------------------------------------------------------------------------------
+
+
+def every(ns: int) -> Callable[[int], int]:
+    """Boundaries at every multiple."""
+    return lambda instant_ns: -(-instant_ns // ns) * ns
+
+
+def prices(quotes: list[Quote]) -> dict[str, str]:
+    return {quote.symbol: quote.price for quote in quotes}
+
+
+def waiting(*quotes: tuple[str, str, int], boundary_of: Callable[[int], int] | None = None) -> WaitingQuotes:
+    kept = WaitingQuotes(boundary_of or every(100))
+    for symbol, price, ts_event_ns in quotes:
+        kept.add(Quote(symbol, price, ts_event_ns, "feed"))
+    return kept
+
+
+def test_a_quote_of_the_next_segment_leaves_the_last_one_of_this() -> None:
+    kept = waiting(("AAPL", "1", 40), ("AAPL", "2", 100), ("MSFT", "7", 60), ("AAPL", "3", 101))
+    assert prices(kept.take(100)) == {"AAPL": "2", "MSFT": "7"}
+    assert prices(kept.take(200)) == {"AAPL": "3"}
+    assert kept.take() == []
+
+
+def test_several_segments_at_once_give_each_symbols_last() -> None:
+    kept = waiting(("AAPL", "1", 40), ("MSFT", "7", 60), ("AAPL", "2", 140), ("AAPL", "3", 240))
+    assert prices(kept.take(200)) == {"AAPL": "2", "MSFT": "7"}
+    assert prices(kept.take()) == {"AAPL": "3"}
+
+
+def test_what_is_published_last_counts_also_with_an_instant_of_an_earlier_segment() -> None:
+    kept = waiting(("AAPL", "1", 40), ("AAPL", "2", 240), ("MSFT", "7", 240), ("AAPL", "3", 30))
+    assert prices(kept.take(100)) == {"AAPL": "3"}
+    assert prices(kept.take(300)) == {"MSFT": "7"}
+
+
+def test_a_quote_beyond_an_instant_is_noticed_and_none_within() -> None:
+    kept = waiting(("AAPL", "1", 100))
+    assert kept.is_beyond(99) and not kept.is_beyond(100)
+    kept.add(Quote("MSFT", "1", 101, "feed"))
+    assert kept.is_beyond(100)
+    kept.take(200)
+    assert not kept.is_beyond(100)
+
+
+def test_a_boundary_that_came_into_being_later_divides_a_segment() -> None:
+    kept = waiting(("AAPL", "1", 50), ("MSFT", "7", 51))
+    assert kept.is_beyond(50)
+    assert prices(kept.take(50)) == {"AAPL": "1"}
+    assert prices(kept.take(100)) == {"MSFT": "7"}
+
+
+def test_a_bounded_number_of_segments_is_kept_and_the_oldest_are_merged() -> None:
+    merged = telemetry.QUOTE_SEGMENTS_MERGED._value.get()
+    rising = [("AAPL", str(n), 100 * n) for n in range(1, SEGMENTS_COUNT_MAX + 4)]
+    kept = waiting(("MSFT", "7", 100), *rising)
+    assert telemetry.QUOTE_SEGMENTS_MERGED._value.get() == merged + 3
+    assert prices(kept.take(300)) == {"MSFT": "7"}  # what was merged lost 1 to 3 of AAPL, and nothing else
+    assert prices(kept.take(400)) == {"AAPL": "4"}
+    assert prices(kept.take()) == {"AAPL": str(SEGMENTS_COUNT_MAX + 3)}
+
+
+def test_a_quote_older_than_all_segments_joins_the_oldest_when_there_are_too_many() -> None:
+    kept = waiting(*(("AAPL", str(n), 100 * n) for n in range(2, SEGMENTS_COUNT_MAX + 2)), ("MSFT", "7", 100))
+    kept.add(Quote("MSFT", "8", 90, "feed"))
+    assert prices(kept.take(200)) == {"AAPL": "2", "MSFT": "8"}
+
+
+quotes = st.tuples(st.sampled_from(("AAPL", "MSFT")), st.integers(1, 60))
+
+
+@given(st.lists(st.one_of(quotes, st.integers(0, 70)), max_size=40), st.integers(1, 12))
+def test_at_each_boundary_the_last_published_of_those_up_to_it_is_the_price(
+    steps: list[tuple[str, int] | int], distance: int
+) -> None:
+    """Against a list of all that was published: quotes come in any order of instants, boundaries are passed between."""
+    kept, published, applied, passed_ns = WaitingQuotes(every(distance)), [], {}, 0
+    kept.boundary_of = lambda instant_ns: every(distance)(max(instant_ns, passed_ns + 1))
+    for number, step in enumerate(steps):
+        if isinstance(step, tuple):
+            quote = Quote(step[0], str(number), step[1], "feed")
+            published.append(quote)
+            kept.add(quote)
+            continue
+        while (boundary_ns := every(distance)(passed_ns + 1)) <= step:
+            applied |= prices(kept.take(boundary_ns))
+            assert applied == {quote.symbol: quote.price for quote in published if quote.ts_event_ns <= boundary_ns}
+            passed_ns = boundary_ns
+    applied |= prices(kept.take())
+    assert applied == prices(published)
+
+
+async def test_the_intake_divides_by_the_boundaries_it_is_given(redis_db: str, hot: HotStateBuilder) -> None:
+    intake = QuoteIntake(Settings(redis_url=redis_db), boundary_of=every(100))
+    async with listening(intake):
+        sent = [Quote("AAPL", "100", 40, "feed", 1), Quote("AAPL", "101", 140, "feed", 2)]
+        for number, quote in enumerate(sent, start=1):
+            await hot.quote("one", number, [quote])
+        await ends_at(intake, sent[1])
+    assert intake.take(100) == [sent[0]]
+    assert intake.take() == [sent[1]]

@@ -4,6 +4,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 import pytest
@@ -13,11 +15,12 @@ from structlog.testing import capture_logs
 
 from engine.messages import Quote, QuoteFrame, quote_decoder, quote_encoder, quote_frame_decoder
 from engine.quotes import RawQuote
-from engine.runtime.clock import WallClock
+from engine.runtime.clock import WallClock, to_ns
 from engine.runtime.embedded import open_directory, start_valkey
 from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings
 from engine.stores.redis_keys import PRICES, QUOTES_CHANNEL
+from workers.catalogue import load_assets
 from workers.feeds import Batch
 from workers.quotes import FRAME_QUOTES_COUNT_MAX, run_quotes
 
@@ -53,10 +56,11 @@ def raw(symbol: str, price: str, sequence: int) -> RawQuote:
 
 
 @asynccontextmanager
-async def working(feed: HandFeed, redis_url: str, **settings: int) -> AsyncIterator[None]:
+async def working(feed: HandFeed, redis_url: str, **settings: object) -> AsyncIterator[None]:
     """The worker runs inside; it must end by itself when told to, and with it the feed."""
     stop = asyncio.Event()
-    task = asyncio.create_task(run_quotes(Settings(redis_url=redis_url, **settings), feed, WallClock(), stop))
+    made = Settings.model_validate({"redis_url": redis_url, **settings})
+    task = asyncio.create_task(run_quotes(made, feed, WallClock(), stop))
     try:
         yield
         assert not task.done()
@@ -241,6 +245,65 @@ async def test_a_new_process_goes_on_where_the_last_one_left_off(redis_db: str, 
 async def _has_price(client: Redis, symbol: str, price: str) -> bool:
     stored = await client.hget(PRICES, symbol)
     return stored is not None and quote_decoder.decode(stored).price == price
+
+
+async def test_conditions_reach_redis_and_survive_a_new_process(redis_db: str, client: Redis) -> None:
+    feed = HandFeed()
+    async with working(feed, redis_db, delayed_sources="other, hand"):
+        feed.say(raw("AAPL", "100", 1), replace(raw("AAPL", "7", 2), condition="HALTED"), raw("MSFT", "430", 1))
+        await eventually(lambda: _has_condition(client, "AAPL", "HALTED"))
+        assert await _has_price(client, "AAPL", "100")
+        assert await _has_condition(client, "MSFT", "DELAYED")
+    resumed = HandFeed()
+    async with working(resumed, redis_db):
+        await eventually(lambda: resumed.resumed)
+        assert resumed.resumed["AAPL"].condition == "HALTED"
+        resumed.say(raw("AAPL", "101", 3))
+        await eventually(lambda: _has_condition(client, "AAPL", ""))
+
+
+async def _has_condition(client: Redis, symbol: str, condition: str) -> bool:
+    stored = await client.hget(PRICES, symbol)
+    return stored is not None and quote_decoder.decode(stored).condition == condition
+
+
+async def test_quotes_of_a_closed_market_are_dropped_where_extended_hours_are_off(redis_db: str, client: Redis) -> None:
+    sunday_ns = to_ns(datetime(2026, 11, 15, 17, tzinfo=UTC))
+    before = counted("OUT_OF_SESSION")
+    feed = HandFeed()
+    async with working(feed, redis_db, extended_hours=False):
+        feed.say(RawQuote("AAPL", "100", sunday_ns, "hand", 1), RawQuote("BTC-USD", "9", sunday_ns, "hand", 1))
+        await eventually(lambda: _has_price(client, "BTC-USD", "9"))
+    assert await prices(client) == {"BTC-USD": "9"}
+    assert counted("OUT_OF_SESSION") == before + 1
+
+
+async def test_loaded_assets_have_their_class_s_band(
+    redis_db: str, client: Redis, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the shipped catalogue, which is all that a worker without PostgreSQL knows."""
+    monkeypatch.setattr("workers.quotes.CLASSES_INTERVAL_S", 0.05)
+    feed, quarantined = HandFeed(), counted("QUARANTINED")
+    async with working(feed, redis_db, postgres_url=database):
+        feed.say(raw("MINE", "100", 1), raw("MINE", "140", 2))
+        await eventually(lambda: _has_price(client, "MINE", "140"))
+        await load_assets(Settings(postgres_url=database), "symbol,name,asset_class,sector,industry\nMINE,,EQUITY,,\n")
+        await asyncio.sleep(0.5)
+        feed.say(raw("MINE", "190", 3), raw("THEIRS", "1", 1))
+        await eventually(lambda: _has_price(client, "THEIRS", "1"))
+    assert (await prices(client))["MINE"] == "140"
+    assert counted("QUARANTINED") == quarantined + 1
+
+
+async def test_a_worker_whose_postgresql_is_away_goes_on_with_the_classes_it_knows(
+    redis_db: str, client: Redis
+) -> None:
+    feed = HandFeed()
+    with capture_logs() as logs:
+        async with working(feed, redis_db, postgres_url="postgresql://nobody@127.0.0.1:1/none"):
+            feed.say(raw("AAPL", "100", 1), raw("AAPL", "130", 2), raw("AAPL", "101", 3))
+            await eventually(lambda: _has_price(client, "AAPL", "101"))
+            await eventually(lambda: "dependency_away" in outages(logs))
 
 
 @pytest.mark.parametrize("busy", [False, True])

@@ -1,18 +1,23 @@
-"""The replay feed: a year of recorded daily bars at the speed of the market clock.
+"""The replay feed: a year of recorded daily bars at the speed of the market clock, with its corporate actions.
 
 File: CSV or gzipped CSV with the header `date,symbol,open,high,low,close,…`, sorted by date; prices stay the
-text that the file has. A bar becomes four quotes, because that is the order in which a bar's extremes most
-often fall:
+text that the file has. Columns `dividend` (per share) and `split` (new shares per old one) are read where they are.
+A bar becomes four quotes, because that is the order in which a bar's extremes most often fall:
 
     close ≥ open:  open, low, high, close            close < open:  open, high, low, close
 
-at 09:30, 11:40, 13:50 and 16:00 in New York, so that summer time is right. (Days of an early close are not
-marked in daily bars and get the full session.) Each is emitted when the clock has reached its instant, never
-before.
+at the open of that day's session in New York, after a third and two thirds of it, and at its close: 09:30, 11:40, 13:50
+and 16:00, or 13:00 where the exchange closed early. So the last quote is the session's close. Each is emitted when the
+clock has reached its instant, never before.
 
 A feed that begins late (a restarted worker) is given what it missed as one batch: the newest quote of each
 symbol. After the last bar it ends. A row that can not be read is counted and skipped; a file that can not be
 read is a ValueError when the feed is made.
+
+A split takes effect when the session of its bar's date opens, before that day's first quote; a dividend's date is its
+ex-date. The file knows no pay dates: PAID_AFTER_DAYS days after the ex-date are assumed. All actions of the file are
+announced before its first quote, under ids that say what they are (`split:AAPL:2020-08-31`), so announcing them again
+changes nothing. A bar with both is a split first: its dividend is per new share.
 
 Spec: `replay:FILE[@SPEED]`, SPEED in market days per second of wall time (1 by default, three decimals at
 most). The program makes the market clock from `plan_replay` and gives it to every process.
@@ -23,9 +28,9 @@ from __future__ import annotations
 import asyncio
 import csv
 import gzip
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal, InvalidOperation
 from itertools import groupby
 from pathlib import Path
@@ -33,21 +38,35 @@ from time import time_ns
 from typing import IO
 from zoneinfo import ZoneInfo
 
-from engine.amounts import AmountError, parse_number
-from engine.messages import Quote
+from engine.amounts import AmountError, parse_number, plain
+from engine.corporate_actions import (
+    CorporateAction,
+    DividendAction,
+    SplitAction,
+    decode_action,
+    encode_action,
+    opens_at,
+)
+from engine.messages import EventRejected, Quote
 from engine.quotes import RawQuote
 from engine.runtime.clock import DAY_NS, SECOND_NS, MarketClock, plan_market_clock, to_ns
+from engine.sessions import sessions_of
 from workers.feeds import PROBLEMS, Batch
 
 SOURCE = "replay"
 HEADER = ["date", "symbol", "open", "high", "low", "close"]
-QUOTE_TIMES = (time(9, 30), time(11, 40), time(13, 50), time(16, 0))
+EXCHANGE = "XNYS"
+CLOSES = time(16, 0)  # on a day that the exchange's calendar does not have
+QUOTES_PER_BAR = 4
 SPEED_MILLI_MAX = 1_000_000
+PAID_AFTER_DAYS = 14
+CURRENCY = "USD"
 # The longest sleep: a clock's arithmetic is exact, but wall time may be set while we sleep.
 SLEEP_S_MAX = 1
 
 _NEW_YORK = ZoneInfo("America/New_York")
 _BAD_ROWS = PROBLEMS.labels(SOURCE, "bad_row")
+_BAD_ACTIONS = PROBLEMS.labels(SOURCE, "bad_action")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +83,7 @@ class ReplayFeed:
     name = SOURCE
 
     def __init__(self, path: Path, clock: MarketClock) -> None:
-        self._path = path
+        self.path = path
         self._clock = clock
         check_file(path)
 
@@ -75,7 +94,7 @@ class ReplayFeed:
         missed: dict[str, RawQuote] = {}
         began_ns = self._clock.now_ns()
         sessions = set(self._clock.plan.days)
-        for instant_ns, quotes in bar_quotes(self._path):
+        for instant_ns, quotes in bar_quotes(self.path):
             if instant_ns // DAY_NS not in sessions:
                 continue  # the clock was planned from another file and will never get there
             if instant_ns < began_ns:
@@ -154,9 +173,17 @@ def bar_quotes(path: Path) -> Iterator[tuple[int, list[RawQuote]]]:
     """All quotes of the file, in time order: (instant in nanoseconds, the quotes of that instant)."""
     for day, bars in _days(path):
         ordered = [(bar[1], bar_prices(*bar[2:6])) for bar in bars]
-        for step, at in enumerate(QUOTE_TIMES):
-            instant_ns = to_ns(datetime.combine(day, at, _NEW_YORK))
+        for step, instant_ns in enumerate(quote_instants(day)):
             yield instant_ns, [RawQuote(symbol, prices[step], instant_ns, SOURCE) for symbol, prices in ordered]
+
+
+def quote_instants(day: date) -> list[int]:
+    """When a bar's four prices are quoted: the session in three equal parts."""
+    open_ns = to_ns(opens_at(day))
+    sessions = sessions_of(EXCHANGE)
+    is_session = sessions.last_open(open_ns) == open_ns
+    close_ns = sessions.next_close(open_ns) if is_session else to_ns(datetime.combine(day, CLOSES, _NEW_YORK))
+    return [open_ns + (close_ns - open_ns) * step // (QUOTES_PER_BAR - 1) for step in range(QUOTES_PER_BAR)]
 
 
 def bar_prices(opening: str, high: str, low: str, close: str) -> tuple[str, str, str, str]:
@@ -166,6 +193,50 @@ def bar_prices(opening: str, high: str, low: str, close: str) -> tuple[str, str,
     except InvalidOperation:
         rising = True
     return (opening, low, high, close) if rising else (opening, high, low, close)
+
+
+def bar_actions(path: Path) -> Iterator[CorporateAction]:
+    """All splits and dividends of the file, in its order. What is none is counted and skipped. Raises OSError."""
+    with _open(path) as file:
+        header = next(csv.reader(file), [])
+    columns = [(header.index(name), make) for name, make in _ACTIONS if name in header]
+    for day, bars in _days(path):
+        for bar in bars:
+            for column, make in columns:
+                if column < len(bar) and bar[column] and (action := _action(make, bar, column, day)) is not None:
+                    yield action
+
+
+def _action(make: _MakeAction, bar: list[str], column: int, day: date) -> CorporateAction | None:
+    try:
+        action = make(bar[1], day, parse_number(bar[column], "an action"))
+        return None if action is None else decode_action(encode_action(action))
+    except (AmountError, EventRejected):
+        _BAD_ACTIONS.inc()
+        return None
+
+
+def _split(symbol: str, day: date, ratio: Decimal) -> CorporateAction | None:
+    if ratio == 1:
+        return None
+    return SplitAction(action_id=f"split:{symbol}:{day}", symbol=symbol, ratio=plain(ratio), effective_at=opens_at(day))
+
+
+def _dividend(symbol: str, day: date, per_share: Decimal) -> CorporateAction | None:
+    if not per_share:
+        return None
+    return DividendAction(
+        action_id=f"dividend:{symbol}:{day}",
+        symbol=symbol,
+        amount=plain(per_share),
+        currency=CURRENCY,
+        ex_date=day,
+        pay_date=day + timedelta(days=PAID_AFTER_DAYS),
+    )
+
+
+_MakeAction = Callable[[str, date, Decimal], CorporateAction | None]
+_ACTIONS: tuple[tuple[str, _MakeAction], ...] = (("split", _split), ("dividend", _dividend))
 
 
 def _days(path: Path) -> Iterator[tuple[date, list[list[str]]]]:

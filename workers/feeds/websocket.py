@@ -8,7 +8,11 @@ A text message holds one quote or an array of them:
     ts_event  RFC 3339 with a zone, or a number since 1970 (UTC) whose magnitude tells its unit: below 10¹¹
               seconds, below 10¹⁴ milliseconds, below 10¹⁷ microseconds, else nanoseconds
     sequence  an integer ≥ 0; absent or null where the source numbers nothing
-    source    absent or null means the feed's name; other fields are ignored
+    source    absent or null means the feed's name
+    condition "DELAYED" for a price published late on purpose, "HALTED" while trading is suspended: then `price` is not
+              believed and may be absent or null; absent, null or "" for neither
+
+Other fields are ignored.
 
 What can not be read is counted by kind and dropped, an array's other quotes are kept. A message of more than
 MESSAGE_BYTES_MAX ends the connection (that is how the library keeps memory bounded) and the feed connects again.
@@ -24,15 +28,15 @@ import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, get_args
 
 import structlog
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.uri import parse_uri
 
-from engine.messages import Quote
-from engine.quotes import RawQuote, trim_number
+from engine.messages import Condition, Quote
+from engine.quotes import HALTED, RawQuote, trim_number
 from engine.runtime.clock import SECOND_NS, to_ns
 from engine.runtime.connections import Outage
 from workers.feeds import PROBLEMS, Batch
@@ -47,6 +51,8 @@ CLOSE_TIMEOUT_S = 1  # a server that goes on sending never reads our close frame
 
 # A number since 1970 and the nanoseconds that its unit has.
 _UNITS_NS = ((10**11, SECOND_NS), (10**14, 1_000_000), (10**17, 1_000))
+
+_CONDITIONS: Mapping[str, Condition] = {condition: condition for condition in get_args(Condition)}
 
 Parser = Callable[[str], Sequence[RawQuote]]
 
@@ -146,7 +152,16 @@ def parse_quote(item: object) -> RawQuote:
         raise NotAQuote("bad_field")
     if sequence is not None and (not isinstance(sequence, int) or isinstance(sequence, bool)):
         raise NotAQuote("bad_sequence")
-    return RawQuote(symbol, _price_text(item.get("price")), parse_instant(item.get("ts_event")), source, sequence)
+    price, condition = item.get("price"), _parse_condition(item.get("condition"))
+    text = "" if price is None and condition == HALTED else _price_text(price)
+    return RawQuote(symbol, text, parse_instant(item.get("ts_event")), source, sequence, condition)
+
+
+def _parse_condition(value: object) -> Condition:
+    condition = _CONDITIONS.get("" if value is None else value) if isinstance(value, str | None) else None
+    if condition is None:
+        raise NotAQuote("bad_condition")
+    return condition
 
 
 def parse_json(text: str) -> object:

@@ -1,0 +1,250 @@
+"""When exchanges trade, and what that makes of a price's age.
+
+A session is [open, close) of one trading day: at its close an exchange is closed already, unless the next session
+opens at that instant. Breaks (lunch in Tokyo) are not closes: a session with a break is one session, open throughout.
+Sessions come from the calendars of exchange_calendars with their holidays and early closes, from FIRST_DAY to LAST_DAY
+or as much of that as is recorded there. Before the first and after the last of them an exchange trades on every day of
+its usual week at the hours of the last one: no holidays are known there, and no instant is an error.
+
+Quality of a price, worst last in engine.marks.MarkQuality (`age` is now − its instant):
+
+    MISSING   there never was one
+    HALTED    its last quote says so, at any age and hour: only a later quote ends a halt
+    DELAYED   its last quote says so and age ≤ stale_after + DELAY_MAX: that source is always behind
+    LIVE      age ≤ stale_after, whatever the calendar says: somebody trades
+    CLOSED    older, its market is closed now, and the price is of the last session (not before that opened)
+    STALE     older, while its market is open or of a session before the last; or of a market that never closes
+
+exchange_calendars brings pandas (about a second and 85 MB), so it is imported here alone, and when the first exchange
+is asked for: whoever needs sessions makes its `Markets` while it starts. What is kept of an exchange is two arrays.
+"""
+
+from __future__ import annotations
+
+import warnings
+from array import array
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from engine.marks import MarkQuality
+
+if TYPE_CHECKING:
+    # engine.messages asks engine.day_cuts, which asks this module.
+    from engine.assets import AssetClass
+    from engine.messages import Condition
+
+FIRST_DAY, LAST_DAY = date(1990, 1, 1), date(2050, 1, 1)
+SAMPLE_DAYS = date(2022, 1, 3), date(2022, 1, 28)  # recorded for every exchange
+# Exchanges give their prices away 15 minutes late, some 20.
+DELAY_MAX_NS = 20 * 60 * 1_000_000_000
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_DAY = timedelta(days=1)
+# Of a usual week, any instant's neighbours lie nearer than this, also where a zone skips a day.
+_WEEK_DAYS = 9
+
+
+class UnknownExchangeError(ValueError):
+    """No calendar has this name, or the library can not make it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """The opens and closes next to an instant: the greatest ≤ it, the smallest > it."""
+
+    last_open_ns: int
+    next_open_ns: int
+    last_close_ns: int
+    next_close_ns: int
+
+    @property
+    def is_open(self) -> bool:
+        return self.last_open_ns >= self.last_close_ns
+
+
+@dataclass(frozen=True, slots=True)
+class UsualWeek:
+    """When an exchange trades outside its recorded days: `weekdays` (0 is Monday), hours in `zone`."""
+
+    zone: tzinfo
+    weekdays: frozenset[int]
+    opens: timedelta
+    """Since midnight of the session's day; below 0 where a session opens on the eve."""
+    closes: timedelta
+    recorded_from: date
+    recorded_until: date
+
+    def around(self, now_ns: int) -> list[tuple[int, int]]:
+        """(open, close) of the unrecorded days near an instant, ascending."""
+        today = instant_of(now_ns).astimezone(self.zone).date()
+        days = (today + _DAY * offset for offset in range(-_WEEK_DAYS, _WEEK_DAYS + 1))
+        return [
+            (self._at(day, self.opens), self._at(day, self.closes))
+            for day in days
+            if day.weekday() in self.weekdays and not self.recorded_from <= day <= self.recorded_until
+        ]
+
+    def _at(self, day: date, since_midnight: timedelta) -> int:
+        return ns_of((datetime.combine(day, time()) + since_midnight).replace(tzinfo=self.zone))
+
+
+@dataclass(eq=False, slots=True)
+class Sessions:
+    """Of one exchange. `opens` and `closes`: int64 nanoseconds since 1970, one each per recorded session, ascending."""
+
+    exchange: str
+    opens: array[int]
+    closes: array[int]
+    week: UsualWeek
+    # The last answer, for instants from .. until: who asks, asks about now.
+    _answer: tuple[int, int, Around | None] = field(default=(0, 0, None), repr=False)
+
+    def around(self, now_ns: int) -> Around:
+        since_ns, until_ns, answer = self._answer
+        if answer is None or not since_ns <= now_ns < until_ns:
+            answer = self._around(now_ns)
+            since_ns = max(answer.last_open_ns, answer.last_close_ns)
+            self._answer = (since_ns, min(answer.next_open_ns, answer.next_close_ns), answer)
+        return answer
+
+    def is_open(self, now_ns: int) -> bool:
+        return self.around(now_ns).is_open
+
+    def last_open(self, now_ns: int) -> int:
+        """The greatest open ≤ now."""
+        return self.around(now_ns).last_open_ns
+
+    def last_close(self, now_ns: int) -> int:
+        """The greatest close ≤ now."""
+        return self.around(now_ns).last_close_ns
+
+    def next_close(self, now_ns: int) -> int:
+        """The smallest close > now."""
+        return self.around(now_ns).next_close_ns
+
+    def _around(self, now_ns: int) -> Around:
+        usual = [] if self.closes[0] <= now_ns < self.opens[-1] else self.week.around(now_ns)
+        return Around(
+            *_neighbours(self.opens, [opens for opens, _ in usual], now_ns),
+            *_neighbours(self.closes, [closes for _, closes in usual], now_ns),
+        )
+
+
+def _neighbours(recorded: array[int], usual: list[int], now_ns: int) -> tuple[int, int]:
+    at = bisect_right(recorded, now_ns)
+    near = [*recorded[max(0, at - 1) : at + 1], *usual]
+    return max(instant for instant in near if instant <= now_ns), min(instant for instant in near if instant > now_ns)
+
+
+@cache
+def sessions_of(exchange: str) -> Sessions:
+    """The sessions of the exchange that exchange_calendars calls so, no alias. Raises UnknownExchangeError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import exchange_calendars
+
+        if exchange not in exchange_calendars.get_calendar_names(include_aliases=False):
+            raise UnknownExchangeError(f"no exchange is called {exchange[:40]!r}")
+        try:
+            return _extract(exchange, _calendar(exchange))
+        except (ValueError, NotImplementedError) as error:
+            raise UnknownExchangeError(f"the calendar of {exchange} can not be made: {str(error)[:80]}") from None
+
+
+def _calendar(exchange: str) -> Any:
+    """From FIRST_DAY to LAST_DAY, or as much of that as is recorded."""
+    from exchange_calendars import get_calendar
+
+    # The library keeps what it makes by name: that is a small one, of which only the class is wanted.
+    first, last = SAMPLE_DAYS
+    kind = type(get_calendar(exchange, start=first.isoformat(), end=last.isoformat()))
+    recorded_from, recorded_until = kind.bound_min(), kind.bound_max()
+    return kind(
+        start=FIRST_DAY.isoformat() if recorded_from is None else max(recorded_from, type(recorded_from)(FIRST_DAY)),
+        end=LAST_DAY.isoformat() if recorded_until is None else min(recorded_until, type(recorded_until)(LAST_DAY)),
+    )
+
+
+def _extract(exchange: str, calendar: Any) -> Sessions:
+    """The arrays of a calendar: its frames are some MB each and not kept."""
+    open_time, close_time = calendar.open_times[-1][1], calendar.close_times[-1][1]
+    return Sessions(
+        exchange,
+        array("q", calendar.opens.to_numpy("datetime64[ns]").view("int64").tolist()),
+        array("q", calendar.closes.to_numpy("datetime64[ns]").view("int64").tolist()),
+        UsualWeek(
+            zone=calendar.tz,
+            weekdays=frozenset(day for day, trades in enumerate(calendar.weekmask) if trades == "1"),
+            opens=_since_midnight(open_time, calendar.open_offset),
+            closes=_since_midnight(close_time, calendar.close_offset),
+            recorded_from=calendar.first_session.date(),
+            recorded_until=calendar.last_session.date(),
+        ),
+    )
+
+
+def _since_midnight(at: time, days: int) -> timedelta:
+    return timedelta(days=int(days), hours=at.hour, minutes=at.minute)
+
+
+class Markets:
+    """Which sessions an asset class has: {class: exchange}; a class that is not there, or with "", never closes.
+
+    Reads the calendars at once. Raises UnknownExchangeError.
+    """
+
+    def __init__(self, calendars: Mapping[AssetClass, str]) -> None:
+        self._sessions = {asset_class: sessions_of(name) for asset_class, name in calendars.items() if name}
+
+    def sessions(self, asset_class: AssetClass) -> Sessions | None:
+        """None: always open."""
+        return self._sessions.get(asset_class)
+
+    def is_open(self, asset_class: AssetClass, at_ns: int) -> bool:
+        sessions = self._sessions.get(asset_class)
+        return sessions is None or sessions.is_open(at_ns)
+
+    def quality(
+        self,
+        asset_class: AssetClass,
+        ts_event_ns: int | None,
+        condition: Condition,
+        now_ns: int,
+        stale_after_ns: int,
+    ) -> MarkQuality:
+        """The quality of a class's price stamped `ts_event_ns` (None: there never was one), seen at `now_ns`."""
+        return quality_of(ts_event_ns, condition, self._sessions.get(asset_class), now_ns, stale_after_ns)
+
+
+def quality_of(
+    ts_event_ns: int | None, condition: Condition, sessions: Sessions | None, now_ns: int, stale_after_ns: int
+) -> MarkQuality:
+    """By the module's table; without `sessions` the market never closes."""
+    if ts_event_ns is None:
+        return MarkQuality.MISSING
+    if condition == "HALTED":
+        return MarkQuality.HALTED
+    age_ns = now_ns - ts_event_ns
+    if condition == "DELAYED" and age_ns <= stale_after_ns + DELAY_MAX_NS:
+        return MarkQuality.DELAYED
+    if age_ns <= stale_after_ns:
+        return MarkQuality.LIVE
+    if sessions is not None:
+        around = sessions.around(now_ns)
+        if not around.is_open and ts_event_ns >= around.last_open_ns:
+            return MarkQuality.CLOSED
+    return MarkQuality.STALE
+
+
+def instant_of(ns: int) -> datetime:
+    """In UTC, whole microseconds downwards."""
+    return _EPOCH + timedelta(microseconds=ns // 1_000)
+
+
+def ns_of(instant: datetime) -> int:
+    return (instant - _EPOCH) // _MICROSECOND * 1_000

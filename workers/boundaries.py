@@ -1,0 +1,91 @@
+"""Boundaries: the instants at which the state of all portfolios is taken, and when it may be.
+
+The state at a boundary B is that of exactly the quotes with `ts_event` ≤ B. Full UTC hours are boundaries, and whatever
+the `sources` say: session closes, day cuts, instants of corporate actions. B is due once the clock has passed it and
+
+    a quote stamped after B waits               feeds send in the order of time, so what belongs before B is here
+    or the grace of wall time went by           nothing comes any more
+
+BOUNDARY_GRACE_S by the world's clock. By a recorded market's, which may pass a day in that time, RECORDED_GRACE_S: what
+belongs before B is about to be sent by a process that may be busy. So the state is exact also in a replay, whose clock
+runs through a day of boundaries between two flushes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from engine.runtime.clock import HOUR_NS, Clock, MarketClock
+
+BOUNDARY_GRACE_S = 0.2
+RECORDED_GRACE_S = 2.0
+
+# The first instant after the given one; None when there is none.
+Source = Callable[[int], int | None]
+
+
+def grace_of(clock: Clock) -> float:
+    """How long to wait for quotes of before a boundary that the clock has passed, in seconds of wall time."""
+    return RECORDED_GRACE_S if isinstance(clock, MarketClock) else BOUNDARY_GRACE_S
+
+
+class Boundaries:
+    """Time up to `passed_ns` is done with: everything up to there is applied, every boundary up to there taken."""
+
+    def __init__(self, passed_ns: int, *sources: Source, grace_s: float = BOUNDARY_GRACE_S) -> None:
+        self.passed_ns = passed_ns
+        self._grace_s = grace_s
+        self._sources = sources
+        self._now_ns = self._graced_ns = passed_ns
+        # The clock at wall instants not older than the grace: what it had reached then, nothing belongs before now.
+        self._seen: deque[tuple[float, int]] = deque()
+        # The last interval between boundaries that was asked for: (since, boundary].
+        self._answer = (0, 0)
+
+    @property
+    def pending_ns(self) -> int:
+        """The first boundary that has not been taken."""
+        return self.of(self.passed_ns + 1)
+
+    def of(self, instant_ns: int) -> int:
+        """The smallest boundary ≥ an instant, of those that have not been taken."""
+        instant_ns = max(instant_ns, self.passed_ns + 1)
+        since_ns, boundary_ns = self._answer
+        if not since_ns < instant_ns <= boundary_ns:
+            boundary_ns = self._after(instant_ns - 1)
+            self._answer = (instant_ns - 1, boundary_ns)
+        return boundary_ns
+
+    def _after(self, instant_ns: int) -> int:
+        nexts = [(instant_ns // HOUR_NS + 1) * HOUR_NS, *(source(instant_ns) for source in self._sources)]
+        return min(next_ns for next_ns in nexts if next_ns is not None)
+
+    def observe(self, now_ns: int, wall_s: float) -> None:
+        """Note what the clock says at a wall instant."""
+        self._now_ns = now_ns
+        self._seen.append((wall_s, now_ns))
+        while self._seen[0][0] <= wall_s - self._grace_s:
+            self._graced_ns = self._seen.popleft()[1]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """The sources may have changed."""
+        self._answer = (0, 0)
+
+    def is_due(self, boundary_ns: int, is_beyond: Callable[[int], bool]) -> bool:
+        """Whether the state at a boundary may be taken; `is_beyond` says whether a quote stamped after it waits."""
+        return boundary_ns <= self._now_ns and (boundary_ns <= self._graced_ns or is_beyond(boundary_ns))
+
+    def pass_over(self, boundary_ns: int) -> None:
+        """The boundary has been taken."""
+        self.passed_ns, self._answer = boundary_ns, (0, 0)
+
+    def reach(self, now_ns: int) -> int:
+        """The instant that the state stands at: now, but not beyond the pending boundary; it never goes back."""
+        self.refresh()
+        pending_ns = self.pending_ns
+        reached_ns = max(self.passed_ns, min(now_ns, pending_ns))
+        # A boundary that comes into being later may not lie before what marks say already.
+        self.passed_ns = max(self.passed_ns, min(reached_ns, pending_ns - 1))
+        return reached_ns

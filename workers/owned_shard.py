@@ -1,0 +1,60 @@
+"""A shard that this evaluator owns, and the evaluator as what moves and writes its Book sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.baselines import Baseline
+from engine.book import Book
+from engine.stores.hot_state_redis import HotStateWriter
+from engine.stores.ledger_postgres import Lease
+from engine.stores.shard_loading import LoadedPortfolio
+from engine.stores.shards_postgres import Shards
+from workers.corporate_actions import ActionSchedule
+from workers.quote_intake import QuoteIntake
+from workers.sector_map import SectorMap
+
+
+@dataclass(slots=True)
+class SnapshotFrame:
+    """All marks of a shard at a boundary, on their way to Redis. `made_at_s` is wall time."""
+
+    boundary_ns: int
+    data: bytes
+    made_at_s: float
+
+
+@dataclass(slots=True)
+class OwnedShard:
+    """A shard of ours: its lease, where to read on, its last frame, and what others still lack of it."""
+
+    lease: Lease
+    next_offset: int
+    # The number of the newest marks, and of the newest ones that readers were told of.
+    sequence: int = 0
+    flushed_sequence: int = 0
+    flushed_at_s: float = 0.0
+    published: bool = False
+    positions_due: bool = False
+    # True while a batch is on its way from the ledger to hot positions: a mark is never ahead of its positions.
+    posting: bool = False
+    cuts_due: list[tuple[int, list[Baseline]]] = field(default_factory=list)
+    frames_due: list[SnapshotFrame] = field(default_factory=list)
+    # What `take` read, for the `settle` right after it: nothing is booked in between.
+    loaded: Sequence[LoadedPortfolio] | None = None
+
+
+class Host(Protocol):
+    """What the flusher needs of the evaluator it belongs to."""
+
+    book: Book
+    owned: dict[int, OwnedShard]
+    quotes: QuoteIntake
+    hot: HotStateWriter
+    shards: Shards
+    sectors: SectorMap
+    actions: ActionSchedule
+
+    def lose(self, lease: Lease, reason: str) -> None: ...
