@@ -24,9 +24,13 @@ flow into a NAV below 0: from there on the index is None. Index, high-water mark
 
     high_water_mark = the largest index so far           drawdown = 1 − index / high_water_mark        (≥ 0)
 
-Thinning to `count_max` points keeps the first, the last and the deepest drawdown, and cuts what lies between into
-equal buckets that each keep their lowest and their highest NAV: the extremes of the whole curve survive, and every
-point shown is one that was measured.
+A snapshot is stored with the TWR factor of the interval since the one before it (`interval_factor`): the same rule,
+for one interval. Where all of them are defined, their product since the opening is the index. A factor is None where
+the index is, and after a NAV of 0 or less that no flow explains: an interval knows no earlier start.
+
+Thinning to `count_max` points is min/max per bucket (not LTTB, which may drop an extreme): it keeps the first, the
+last and the deepest drawdown, and cuts what lies between into equal buckets that each keep their lowest and their
+highest NAV: the extremes of the whole curve survive, and every point shown is one that was measured.
 """
 
 from __future__ import annotations
@@ -152,6 +156,17 @@ def curve(points: Sequence[EquityPoint], flows: Iterable[Flow]) -> list[CurvePoi
     return drawn
 
 
+def interval_factor(nav_start: int, nav_end: int, flows: Iterable[Flow], flowed_before: bool) -> float | None:
+    """The TWR factor from a NAV to the next, with the external `flows` between them in ledger order.
+
+    Up to the first flow of all (`flowed_before` is false) an interval starts at 0, as the opening does.
+    """
+    chain = _Chain(nav_start if flowed_before else 0, flowed_before)
+    for flow in flows:
+        chain.cut(flow)
+    return chain.index(nav_end)
+
+
 # The high-water mark of a curve repeats, and so does a drawdown of 0.
 @lru_cache(maxsize=10_000)
 def present_ratio(value: float) -> Decimal | None:
@@ -162,10 +177,10 @@ def present_ratio(value: float) -> Decimal | None:
 class _Chain:
     """The running sub-period: the NAV it started with, and the product of those before it (None: undefined)."""
 
-    def __init__(self, nav: int) -> None:
+    def __init__(self, nav: int, flowed_before: bool = False) -> None:
         self._start = nav
         self._factor: float | None = 1
-        self._before_first_flow = True
+        self._before_first_flow = not flowed_before
 
     def index(self, nav: int) -> float | None:
         """The index at NAV `nav` of the running sub-period; once it is None it stays so."""
@@ -181,7 +196,8 @@ class _Chain:
     def cut(self, flow: Flow) -> None:
         """End the running sub-period just before `flow` and start the next one just after."""
         index = self.index(flow.nav_before)
-        self._factor = None if index is None or index < 0 else index
+        # By the NAV's sign: an index that is 0 for good has lost it.
+        self._factor = None if self._start > 0 > flow.nav_before else index
         self._start = flow.nav_before + flow.amount
         self._before_first_flow = False
 

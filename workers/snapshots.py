@@ -1,83 +1,144 @@
-"""The snapshots worker: on each hourly UTC grid instant, the hot marks of all portfolios go to `equity_snapshot`.
+"""The snapshots worker: keeps for ever what the evaluators and the market say at each instant of the grid.
 
-A row is stamped with the grid instant it was taken for and carries the mark's own (`marked_at`, epoch, sequence).
-An instant that passes while the worker is down, stalled or without Redis or PostgreSQL for longer than
-LATENESS_MAX_S of wall time is a gap and stays one: nothing is invented afterwards. Under a market clock that runs
-faster than it is polled, the instants between two polls are gaps as well and the latest one is written.
+The grid is every full UTC hour and every session close of the equities' exchange.
+
+    equity_snapshot   evaluators append a frame per shard and instant to the Redis list `snapshots:{n}`, oldest first,
+                      and the frames are written in that order. A frame leaves its list once its rows are committed:
+                      a worker that dies between writes it again, which changes nothing.
+    price_close       the worker listens to quotes itself, with the evaluators' boundaries (workers.boundaries), and
+                      writes the last quote of every symbol at the instant. Of several full hours that pass at once
+                      only the last is written, a session close always.
+
+What passes while nobody evaluates or listens is a gap and stays one: nothing is invented afterwards. Evaluators
+count what they pass over or lose, this worker what it can not read or keep. Several of these workers agree with each
+other, as the first row of an instant stays.
+
+History is kept as long as the settings say (engine.stores.history_retention); that is seen to once an hour.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections import deque
+from collections.abc import Awaitable, Callable
 
+import asyncpg
 import structlog
 from redis.asyncio import Redis
 
-from engine.marks import decode_mark
+from engine.assets import AssetClass
+from engine.messages import Quote
 from engine.runtime import telemetry
 from engine.runtime.clock import HOUR_NS, Clock, to_datetime
 from engine.runtime.connections import AWAY, Outage, connect_postgres, connect_redis, stopped_within, wait_until
 from engine.runtime.settings import Settings
+from engine.sessions import Markets, Sessions
 from engine.stores import redis_keys
-from engine.stores.snapshots_timescale import Snapshot, SnapshotStore
+from engine.stores.history_retention import HistoryRetention
+from engine.stores.price_closes import PriceCloses
+from engine.stores.snapshots_timescale import SnapshotStore, read_snapshot
+from workers.boundaries import Boundaries, grace_of
+from workers.lifecycle import run_together
+from workers.quote_intake import QuoteIntake
 
-LATENESS_MAX_S = 60
-SCAN_COUNT = 5_000  # marks read from Redis per round trip: under 1 MB
+RETENTION_INTERVAL_S = 3_600
+# Instants whose prices wait for PostgreSQL, each with all symbols: two days of hours. The oldest are given up.
+CLOSES_WAITING_MAX = 48
 
+_SHARDS = "SELECT id FROM shard ORDER BY id"
 _log = structlog.get_logger(__name__)
 
 
-class SnapshotTaker:
-    def __init__(self, clock: Clock, redis: Redis, store: SnapshotStore, shards_count: int) -> None:
-        self._clock = clock
-        self._redis = redis
-        self._store = store
-        self._shards_count = shards_count
-        self._taken_for_ns = self._grid_ns()
-        self._due_since_s: float | None = None
+class SnapshotDrain:
+    """Brings what waits in the lists of all shards into the store."""
 
-    def _grid_ns(self) -> int:
-        """The last whole hour."""
-        return self._clock.now_ns() // HOUR_NS * HOUR_NS
+    def __init__(self, redis: Redis, pool: asyncpg.Pool) -> None:
+        self._redis = redis
+        self._pool = pool
+        self._store = SnapshotStore(pool)
 
     async def poll(self) -> int:
-        """Take the snapshots that are due; returns how many rows were written. Raises AWAY errors."""
-        grid_ns = self._grid_ns()
-        passed = (grid_ns - self._taken_for_ns) // HOUR_NS
-        if not passed:
-            return 0
-        if self._due_since_s is None:
-            self._due_since_s = time.monotonic()
-        written = 0
-        if time.monotonic() - self._due_since_s <= LATENESS_MAX_S:
-            async for snapshots in self._snapshots(grid_ns):
-                written += await self._store.write(snapshots)
-            passed -= 1
-        telemetry.SNAPSHOTS.inc(written)
-        telemetry.SNAPSHOT_GAPS.inc(passed)
-        self._taken_for_ns, self._due_since_s = grid_ns, None
+        """Write all frames that wait; returns how many rows were new. Raises AWAY errors."""
+        shards = [row["id"] for row in await self._pool.fetch(_SHARDS)]
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for shard in shards:
+                pipeline.llen(redis_keys.snapshots(shard))
+            waiting = await pipeline.execute()
+        return sum([await self._drain(shard) for shard, count in zip(shards, waiting, strict=True) if count])
+
+    async def _drain(self, shard: int) -> int:
+        key, written = redis_keys.snapshots(shard), 0
+        while (frame := await self._redis.lindex(key, 0)) is not None:
+            assert isinstance(frame, bytes)
+            try:
+                snapshot = read_snapshot(frame)
+            except ValueError as error:
+                telemetry.SNAPSHOT_FRAMES.labels("unreadable").inc()
+                _log.warning("bad_snapshot_frame", shard=shard, reason=str(error))
+            else:
+                count = await self._store.write(snapshot)
+                written += count
+                telemetry.SNAPSHOTS.inc(count)
+                telemetry.SNAPSHOT_FRAMES.labels("written").inc()
+            # By its content: the head may have been dropped meanwhile, as the list is bounded.
+            await self._redis.lrem(key, 1, frame)  # type: ignore[arg-type] # its stub knows text only
         return written
 
-    async def _snapshots(self, grid_ns: int) -> AsyncIterator[list[Snapshot]]:
-        at = to_datetime(grid_ns)
-        for shard in range(self._shards_count):
-            pointer = await self._redis.hget(redis_keys.shard(shard), "epoch")
-            if pointer is None:
-                continue
-            epoch, cursor = int(pointer), 0
-            while True:
-                page: Any = await self._redis.hscan(redis_keys.marks(shard, epoch), cursor, count=SCAN_COUNT)
-                cursor = page[0]
-                yield [Snapshot(name.decode(), at, decode_mark(packed, epoch)) for name, packed in page[1].items()]
-                if not cursor:
-                    break
+
+class PriceRecorder:
+    """Records the last quotes at each instant of the grid that the clock passes."""
+
+    def __init__(
+        self, clock: Clock, quotes: QuoteIntake, closes: PriceCloses, sessions: Sessions | None = None
+    ) -> None:
+        self._clock = clock
+        self._quotes = quotes
+        self._closes = closes
+        self._sessions = sessions
+        self._boundaries = Boundaries(clock.now_ns(), self._next_close_ns, grace_s=grace_of(clock))
+        quotes.waiting.boundary_of = self._boundaries.of
+        self._last: dict[str, Quote] = {}
+        self._unwritten: deque[tuple[int, list[Quote]]] = deque()
+
+    async def poll(self) -> int:
+        """Record the instants that have passed; returns how many rows were new. Raises AWAY errors."""
+        if self._quotes.ready.is_set():
+            self._advance()
+        written = 0
+        while self._unwritten:
+            at_ns, quotes = self._unwritten[0]
+            written += await self._closes.write(to_datetime(at_ns), quotes)
+            self._unwritten.popleft()
+        telemetry.PRICE_CLOSES.inc(written)
+        return written
+
+    def _advance(self) -> None:
+        """Take what belongs to each boundary that is due."""
+        boundaries, waiting = self._boundaries, self._quotes.waiting
+        boundaries.observe(self._clock.now_ns(), time.monotonic())
+        while boundaries.is_due(boundary_ns := boundaries.pending_ns, waiting.is_beyond):
+            self._last |= {quote.symbol: quote for quote in self._quotes.take(boundary_ns)}
+            is_close = self._sessions is not None and self._sessions.last_close(boundary_ns) == boundary_ns
+            if is_close or not boundaries.is_due(boundary_ns + HOUR_NS, waiting.is_beyond):
+                self._keep(boundary_ns)
+            else:
+                telemetry.PRICE_CLOSE_GAPS.inc()
+            boundaries.pass_over(boundary_ns)
+
+    def _keep(self, at_ns: int) -> None:
+        if self._last:
+            self._unwritten.append((at_ns, list(self._last.values())))
+        if len(self._unwritten) > CLOSES_WAITING_MAX:
+            self._unwritten.popleft()
+            telemetry.PRICE_CLOSE_GAPS.inc()
+
+    def _next_close_ns(self, after_ns: int) -> int | None:
+        return None if self._sessions is None else self._sessions.next_close(after_ns)
 
 
 async def run_snapshots(settings: Settings, clock: Clock, stop: asyncio.Event) -> None:
-    """Take snapshots until `stop` is set."""
+    """Keep history until `stop` is set."""
     redis = connect_redis(settings, "snapshots")
     pool = None
     try:
@@ -89,21 +150,35 @@ async def run_snapshots(settings: Settings, clock: Clock, stop: asyncio.Event) -
         if not await wait_until("postgresql", connect, stop):
             return
         assert pool is not None
-        shards_count = 0
-        while not shards_count and not stop.is_set():
-            shards_count = await pool.fetchval("SELECT count(*) FROM shard")
-            await stopped_within(stop, settings.snapshot_poll_interval_ms / 1_000)
-        taker = SnapshotTaker(clock, redis, SnapshotStore(pool), shards_count)
-        outage = Outage("redis or postgresql")
-        while not stop.is_set():
-            delay_s = settings.snapshot_poll_interval_ms / 1_000
-            try:
-                await taker.poll()
-                outage.end()
-            except AWAY as error:
-                delay_s = outage.begin_or_continue(error)
-            await stopped_within(stop, delay_s)
+        # The pool as a source: it is there from now on.
+        connected = pool
+        quotes = QuoteIntake(settings, name="snapshots-quotes")
+        sessions = Markets(settings.calendars).sessions(AssetClass.EQUITY)
+        recorder = PriceRecorder(clock, quotes, PriceCloses(lambda: connected), sessions)
+        retention = HistoryRetention(pool, settings.snapshot_retention_days, settings.price_close_retention_days)
+        poll_interval_s = settings.snapshot_poll_interval_ms / 1_000
+        await run_together(
+            quotes.run(stop),
+            _repeat(SnapshotDrain(redis, pool).poll, poll_interval_s, "redis or postgresql", stop),
+            _repeat(recorder.poll, poll_interval_s, "postgresql", stop),
+            _repeat(lambda: retention.apply(to_datetime(clock.now_ns())), RETENTION_INTERVAL_S, "postgresql", stop),
+        )
     finally:
         await redis.aclose()
         if pool is not None:
             await pool.close()
+
+
+async def _repeat(
+    work: Callable[[], Awaitable[object]], interval_s: float, dependency: str, stop: asyncio.Event
+) -> None:
+    """Do `work` every `interval_s`, or again a little later when a dependency is away, until `stop` is set."""
+    outage = Outage(dependency)
+    while not stop.is_set():
+        delay_s = interval_s
+        try:
+            await work()
+            outage.end()
+        except AWAY as error:
+            delay_s = outage.begin_or_continue(error)
+        await stopped_within(stop, delay_s)

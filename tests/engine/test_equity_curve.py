@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 
@@ -21,6 +22,7 @@ from engine.equity_curve import (
     begins_at,
     curve,
     ending_live,
+    interval_factor,
     opening,
     present_ratio,
     resolution_of,
@@ -43,7 +45,10 @@ def drawn(at_ns: int, nav: int, drawdown: float = 0) -> CurvePoint:
 
 
 def mark(nav: int, as_of_ns: int = 0, ledger_sequence: int = 1) -> Mark:
-    return Mark(nav, 0, nav, 0, 0, 0, 0, None, 0, as_of_ns, 1, ledger_sequence, MarkQuality.STALE, 1)
+    unsaid = dict.fromkeys((field.name for field in fields(Mark)), 0)
+    return Mark(**unsaid | {
+        "nav": nav, "as_of_ns": as_of_ns, "ledger_sequence": ledger_sequence, "quality": MarkQuality.STALE
+    })  # type: ignore[arg-type]  # fmt: skip
 
 
 def indexes(points: Sequence[EquityPoint], *flows: Flow) -> list[float | None]:
@@ -154,6 +159,11 @@ def test_a_total_loss_stays_one() -> None:
     assert indexes([point(0, 100), point(1, 0), point(2, 50, 1)], Flow(2, 1, 50, 0)) == [1, 0, 0]
 
 
+def test_a_flow_below_0_ends_the_index_also_after_a_total_loss() -> None:
+    flows = [Flow(1, 1, 50, 0), Flow(2, 2, 60, -10)]
+    assert indexes([point(0, 100), point(1, 50, 1), point(2, 50, 2)], *flows) == [1, 0, None]
+
+
 def test_more_than_a_float_holds_is_undefined_and_no_error() -> None:
     flows = [Flow(at, at, 1 - 2**58, 2**58) for at in range(1, 30)]
     assert indexes([point(0, 1), point(1, 1, 29)], *flows) == [1, None]
@@ -214,6 +224,71 @@ def test_the_index_is_the_exact_product_of_the_sub_periods(steps: list[tuple[int
         start = before + amount
         expected.append(factor * after / start)
     assert indexes(points, *flows) == pytest.approx([float(one) for one in expected], rel=1e-13)
+
+
+# -- intervals ------------------------------------------------------------------------------------------------
+
+some_navs = st.sampled_from([0, 0, -7, 1, 40, 100, 10**9])
+intervals = st.lists(
+    st.tuples(st.lists(st.tuples(some_navs, st.integers(-100, 10**9)), max_size=3), some_navs), min_size=1, max_size=8
+)
+
+
+def measured(steps: Sequence[tuple[list[tuple[int, int]], int]]) -> tuple[list[float | None], list[float | None]]:
+    """The curve's indexes from the opening, and the factor of each interval by itself."""
+    points, flows, factors, nav = [opening(0)], [], [], 0
+    for at, (flowed, nav_end) in enumerate(steps, 1):
+        within = [Flow(at, len(flows) + n, amount, before) for n, (before, amount) in enumerate(flowed, 1)]
+        factors.append(interval_factor(nav, nav_end, within, bool(flows)))
+        flows += within
+        nav = nav_end
+        points.append(point(at, nav, len(flows)))
+    return indexes(points, *flows)[1:], factors
+
+
+@given(intervals)
+def test_the_product_of_defined_factors_is_the_index(steps: list[tuple[list[tuple[int, int]], int]]) -> None:
+    found, factors = measured(steps)
+    product = 1.0
+    for index, factor in zip(found, factors, strict=True):
+        if factor is None:
+            break
+        product *= factor
+        assert index == pytest.approx(product, rel=1e-12)
+
+
+@given(intervals)
+def test_while_there_is_something_a_factor_is_undefined_only_where_the_index_is(
+    steps: list[tuple[list[tuple[int, int]], int]],
+) -> None:
+    found, factors = measured([(flows, nav_end) for flows, nav_end in steps if nav_end > 0])
+    for number, index in enumerate(found):
+        assert (index is None) == (None in factors[: number + 1])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "flows", "flowed_before", "factor"),
+    [
+        (100, 110, [], True, 1.1),
+        (100, 0, [], True, 0),
+        (100, -10, [], True, -0.1),
+        (-10, 5, [], True, None),
+        (0, 5, [], True, None),
+        (0, 0, [], True, 1),
+        (0, 5, [], False, 1),
+        (-5, -5, [], False, 1),
+        (0, 60, [Flow(0, 1, 50, 0)], True, 1.2),
+        (0, 60, [Flow(0, 1, 50, 5)], True, None),
+        (-5, 60, [Flow(0, 1, 55, -5)], False, 1.2),
+        (100, 300, [Flow(0, 1, 100, 110), Flow(0, 2, -50, 250)], True, 1.1 * 250 / 210 * 300 / 200),
+    ],
+)
+def test_the_factor_of_one_interval(
+    start: int, end: int, flows: list[Flow], flowed_before: bool, factor: float | None
+) -> None:
+    assert interval_factor(start, end, flows, flowed_before) == (
+        None if factor is None else pytest.approx(factor, rel=1e-15)
+    )
 
 
 # -- thinning -------------------------------------------------------------------------------------------------
