@@ -14,9 +14,10 @@ Returns
 Days
     A day's return is index at its last point / index at the last point of the day before − 1, by UTC days. The
     first day (whole only by chance) and the running one are no whole days and do not count, neither does a day that
-    starts at NAV 0. `annualization_days` is 365 when crypto was held in the range: every day counts; else 252: a
-    Saturday or Sunday counts as part of the Monday after it (exchange holidays are days like others). Where more
-    than GAP_DAYS_MAX days lie between two points, the return between them belongs to no day and is left out.
+    starts at NAV 0. `annualization_days` is 365 when crypto was held in the range: every day counts; else 252: a day
+    on which the exchange of the equities closes no session (weekends, holidays) counts as part of the next one on which
+    it does. Where more than GAP_DAYS_MAX days lie between two points, the return between them belongs to no day and is
+    left out.
 
     volatility = s × √annualization_days                      s: sample deviation (n − 1) of the returns
     sharpe     = mean / s × √annualization_days               risk-free rate 0
@@ -54,6 +55,7 @@ import numpy as np
 
 from engine.amounts import average, ratio
 from engine.equity_curve import INDEX_NOISE, RATIO_MAX, CurvePoint, Flow, present_ratio
+from engine.sessions import Sessions
 
 DAYS_COUNT_MIN = 20
 GAP_DAYS_MAX = 4  # a long weekend: Thursday's last point to Monday's
@@ -82,6 +84,7 @@ class StatisticReason(StrEnum):
     NO_GAINS = "NO_GAINS"
     NO_LOSSES = "NO_LOSSES"
     OUT_OF_RANGE = "OUT_OF_RANGE"
+    PRICES_NOT_RECORDED = "PRICES_NOT_RECORDED"
 
 
 class Statistic(StrEnum):
@@ -167,11 +170,18 @@ class Performance:
 
 
 def measure(
-    points: Sequence[CurvePoint], flows: Sequence[Flow], trades: Trades, annualization_days: int
+    points: Sequence[CurvePoint],
+    flows: Sequence[Flow],
+    trades: Trades,
+    annualization_days: int,
+    sessions: Sessions | None = None,
 ) -> Performance:
-    """The performance over ascending `points`, with the `flows` between them in ledger order."""
+    """The performance over ascending `points`, with the `flows` between them in ledger order.
+
+    `sessions` are those that 252 days a year are counted by; without them all days but weekends are.
+    """
     begun_at_ns = _begun_at_ns(points, flows) if points else None
-    returns = day_returns(points, annualization_days)
+    returns = day_returns(points, annualization_days, sessions)
     deepest = max_drawdown(points)
     statistics = _statistics(points, flows, returns, deepest, annualization_days)
     figures: dict[Statistic, Figure] = {name: _shown(value) for name, value in statistics.items()}
@@ -301,13 +311,15 @@ def _begun_at_ns(points: Sequence[CurvePoint], flows: Sequence[Flow]) -> int:
 # -- days -----------------------------------------------------------------------------------------------------
 
 
-def day_returns(points: Sequence[CurvePoint], annualization_days: int) -> list[DayReturn] | StatisticReason:
+def day_returns(
+    points: Sequence[CurvePoint], annualization_days: int, sessions: Sessions | None = None
+) -> list[DayReturn] | StatisticReason:
     """The returns of whole days, ascending. NAV_NOT_POSITIVE when one of them has none."""
     if len(points) < 2:
         return StatisticReason.NO_HISTORY
     closes = {point.at_ns // DAY_NS: point for point in points}
     closes.pop(points[-1].at_ns // DAY_NS)
-    days = [day for day in closes if annualization_days == DAYS_PER_YEAR or (day - _MONDAY) % 7 < 5]
+    days = [day for day in closes if annualization_days == DAYS_PER_YEAR or _is_session(day, sessions)]
     returns = []
     for before, day in pairwise(days):
         start, end = closes[before], closes[day]
@@ -318,6 +330,12 @@ def day_returns(points: Sequence[CurvePoint], annualization_days: int) -> list[D
         value = end.index / start.index - 1
         returns.append(DayReturn(day, value if abs(value) > INDEX_NOISE else 0))
     return returns
+
+
+def _is_session(day: int, sessions: Sessions | None) -> bool:
+    if sessions is None:
+        return (day - _MONDAY) % 7 < 5
+    return sessions.next_close(day * DAY_NS - 1) < (day + 1) * DAY_NS
 
 
 def volatility(returns: Sequence[float], annualization_days: int, count_min: int = DAYS_COUNT_MIN) -> Outcome:

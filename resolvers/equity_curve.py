@@ -55,8 +55,8 @@ class EquityPoint:
 @strawberry.type(
     description=(
         "NAV and return over time, ascending. The last point is the live NAV. A snapshot that was missed is a gap: "
-        "no point is invented. Thinning keeps the first, the last, the lowest and the highest NAV and the deepest "
-        "drawdown."
+        "no point is invented. Thinning is min/max per bucket (not LTTB): it keeps the first, the last and the deepest "
+        "drawdown, and of each of equally long buckets the lowest and the highest NAV."
     )
 )
 class EquityCurve:
@@ -69,7 +69,8 @@ class EquityCurve:
 class History:
     """A range's points, `flows` between them, and the ledger entries `after` < sequence ≤ `last` that they span.
 
-    `shown` leaves out where a portfolio that was opened within the range begins: nobody measured that.
+    `shown` leaves out where a portfolio that was opened within the range begins: nobody measured that. `ends_live`:
+    the last point is the live mark.
     """
 
     resolution: Resolution
@@ -78,6 +79,7 @@ class History:
     flows: list[Flow]
     after: int
     last: int
+    ends_live: bool = False
 
 
 async def load_history(context: Context, portfolio: PortfolioIdentity, curve_range: EquityCurveRange) -> History:
@@ -100,7 +102,7 @@ async def load_history(context: Context, portfolio: PortfolioIdentity, curve_ran
     # Read after the mark: what the mark includes is in the ledger by now.
     flows = await services.ledger.flows(portfolio.portfolio_id, after, last) if last > after else []
     drawn = curve(points, flows)
-    return History(resolution, drawn, drawn[1:] if from_opening else drawn, flows, after, last)
+    return History(resolution, drawn, drawn[1:] if from_opening else drawn, flows, after, last, live is not None)
 
 
 async def load_equity_curve(

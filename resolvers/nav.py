@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import datetime
 from decimal import Decimal
 
 import strawberry
 
-from engine.amounts import from_micro
+from engine.amounts import from_micro, present
 from engine.marks import Mark
+from engine.positions import PositionValuation, quality_shares
 from engine.runtime.clock import to_datetime
 from resolvers.context import Context, Info
 from resolvers.enums import MarkQuality
 from resolvers.errors import ErrorCode, PublicError
+from resolvers.fields import resolved
 from resolvers.pnl import show_ratio
 from resolvers.streams import RATE_HZ_DEFAULT, StreamKind, mark_updates
 
-NAV = "Net asset value = cash + positionsValue, in the base currency. Exact to the micro-unit."
+SHARE_DECIMALS = 10
+
+NAV = "Net asset value = cash + receivables + positionsValue, in the base currency. Exact to the micro-unit."
 CASH = "Cash after all booked ledger entries, in the base currency; may be negative."
+RECEIVABLES = "Dividends accrued at their ex-date and not paid yet; below 0 where a short position owes them."
 POSITIONS_VALUE = "Σ round(quantity × price, 6 decimals) over open positions; short positions count negative."
 QUALITY = "The worst quality among the prices behind this figure."
 AS_OF = "When the mark was made."
@@ -28,21 +33,44 @@ LEDGER_SEQUENCE = "How many of the portfolio's ledger entries the figures includ
 CONFLATED = "How many marks this message stands for: those since the last message, itself included; 0 for HEARTBEAT."
 
 
+@strawberry.type(description="The part of a portfolio's positions whose prices are of one quality.")
+class QualityShare:
+    quality: MarkQuality = strawberry.field(description="The quality of the prices.")
+    value: Decimal = strawberry.field(description="Σ |marketValue| of these positions, in the base currency.")
+    share: Decimal = strawberry.field(description="value / Σ |marketValue| of all positions, as a fraction.")
+
+
 @strawberry.type(
     description=(
         "What the portfolio is worth at one consistent instant. Amounts are in the base currency. "
-        "nav = cash + positionsValue."
+        "nav = cash + receivables + positionsValue = flows + realizedPnl + unrealizedPnl + income − fees."
     )
 )
 class Valuation:
+    load_positions: strawberry.Private[Callable[[], Awaitable[list[PositionValuation]]]]
     nav: Decimal = strawberry.field(description=NAV)
     cash: Decimal = strawberry.field(description=CASH)
+    receivables: Decimal = strawberry.field(description=RECEIVABLES)
     positions_value: Decimal = strawberry.field(description=POSITIONS_VALUE)
     unrealized_pnl: Decimal = strawberry.field(description="positionsValue − Σ cost of the open positions.")
     realized_pnl: Decimal = strawberry.field(
         description="Gross P&L realised by all fills since the portfolio was opened; fees are not part of it."
     )
-    fees: Decimal = strawberry.field(description="Fees paid since the portfolio was opened; ≥ 0.")
+    realized_pnl_net: Decimal = strawberry.field(
+        description="realizedPnl − fees: all fees since the portfolio was opened, also those of positions still open."
+    )
+    fees: Decimal = strawberry.field(
+        description="Fees of fills and fees booked by themselves since the portfolio was opened; ≥ 0."
+    )
+    income: Decimal = strawberry.field(
+        description=(
+            "Interest and dividends since the portfolio was opened, a dividend from its ex-date on; below 0 where "
+            "short positions owed more than was received. Part of P&L."
+        )
+    )
+    flows: Decimal = strawberry.field(
+        description="External flows since the portfolio was opened: deposits + rewards − withdrawals. Never P&L."
+    )
     day_pnl: Decimal = strawberry.field(
         description="nav − NAV at the day cut − external flows (deposits, withdrawals, rewards) since the cut."
     )
@@ -56,6 +84,18 @@ class Valuation:
     sequence: int = strawberry.field(description=SEQUENCE)
     ledger_sequence: int = strawberry.field(description=LEDGER_SEQUENCE)
 
+    @resolved(
+        "The qualities of its prices with the value they stand for, best first, at the latest quotes. The shares sum "
+        "to 1 but for rounding in the tenth decimal; empty when the positions are worth nothing."
+    )
+    async def quality_shares(self) -> list[QualityShare]:
+        return show_shares(await self.load_positions())
+
+    @resolved("When the oldest of its prices was quoted, at the latest quotes; null without a priced position.")
+    async def prices_as_of(self) -> datetime | None:
+        quoted = [one.price_as_of_ns for one in await self.load_positions() if one.price_as_of_ns is not None]
+        return to_datetime(min(quoted)) if quoted else None
+
 
 @strawberry.type(description="A message of navUpdates: the portfolio's NAV at one mark.")
 class NavUpdate:
@@ -63,6 +103,7 @@ class NavUpdate:
     portfolio_id: str = strawberry.field(description="The portfolio.")
     nav: Decimal = strawberry.field(description=NAV)
     cash: Decimal = strawberry.field(description=CASH)
+    receivables: Decimal = strawberry.field(description=RECEIVABLES)
     positions_value: Decimal = strawberry.field(description=POSITIONS_VALUE)
     quality: MarkQuality = strawberry.field(description=QUALITY)
     as_of: datetime = strawberry.field(description=AS_OF)
@@ -77,13 +118,28 @@ async def load_valuation(context: Context, place: tuple[int, str]) -> Valuation:
     mark = await context.hot.mark(place)
     if mark is None:
         raise not_ready()
+
+    async def load_positions() -> list[PositionValuation]:
+        valued = await context.hot.valued_positions(place)
+        return [] if valued is None else [valued.value(symbol) for symbol in valued.symbols]
+
+    return _show_valuation(mark, load_positions)
+
+
+def _show_valuation(mark: Mark, load_positions: Callable[[], Awaitable[list[PositionValuation]]]) -> Valuation:
+    """`load_positions` is asked when a field needs every position."""
     return Valuation(
+        load_positions=load_positions,
         nav=from_micro(mark.nav),
         cash=from_micro(mark.cash),
+        receivables=from_micro(mark.receivables),
         positions_value=from_micro(mark.positions_value),
         unrealized_pnl=from_micro(mark.unrealized),
         realized_pnl=from_micro(mark.realized),
+        realized_pnl_net=from_micro(mark.realized - mark.fees),
         fees=from_micro(mark.fees),
+        income=from_micro(mark.income),
+        flows=from_micro(mark.flows),
         day_pnl=from_micro(mark.day_pnl),
         day_pnl_ratio=show_ratio(mark),
         day_cut_at=to_datetime(mark.day_cut_at_ns),
@@ -93,6 +149,13 @@ async def load_valuation(context: Context, place: tuple[int, str]) -> Valuation:
         sequence=mark.sequence,
         ledger_sequence=mark.ledger_sequence,
     )
+
+
+def show_shares(positions: Iterable[PositionValuation]) -> list[QualityShare]:
+    return [
+        QualityShare(quality=held.quality, value=from_micro(held.value), share=present(held.share, SHARE_DECIMALS))
+        for held in quality_shares(positions)
+    ]
 
 
 def not_ready() -> PublicError:
@@ -113,6 +176,7 @@ def _show(portfolio_id: str, mark: Mark, kind: StreamKind, conflated: int) -> Na
         portfolio_id=portfolio_id,
         nav=from_micro(mark.nav),
         cash=from_micro(mark.cash),
+        receivables=from_micro(mark.receivables),
         positions_value=from_micro(mark.positions_value),
         quality=mark.quality,
         as_of=to_datetime(mark.as_of_ns),

@@ -20,10 +20,13 @@ from engine.performance import (
 )
 from engine.performance import Performance as Measured
 from engine.runtime.clock import to_datetime
+from engine.sessions import sessions_of
 from engine.stores.ledger_reads import PortfolioIdentity
-from resolvers.context import Context
+from resolvers.context import Context, Info
 from resolvers.enums import EquityCurveRange, Resolution, Statistic, StatisticReason
 from resolvers.equity_curve import History, load_history
+from resolvers.explain import Contribution, load_contribution
+from resolvers.fields import resolved
 
 
 @strawberry.type(description="The return of one whole UTC day.")
@@ -56,6 +59,8 @@ class UndefinedStatistic:
     )
 )
 class Performance:
+    portfolio: strawberry.Private[PortfolioIdentity]
+    history: strawberry.Private[History]
     range: EquityCurveRange = strawberry.field(description="The range asked for.")
     resolution: Resolution = strawberry.field(description="How far apart the points lie.")
     begun_at: datetime | None = strawberry.field(
@@ -77,7 +82,7 @@ class Performance:
     annualization_days: int = strawberry.field(
         description=(
             "Days a year in volatility, sharpe and sortino: 365 when crypto was held in the range; else 252, where "
-            "Saturday and Sunday belong to the Monday after."
+            "weekends and the exchange's holidays belong to its next session's day."
         )
     )
     days_count: int = strawberry.field(description="The whole UTC days with a return; first and running day left out.")
@@ -123,6 +128,10 @@ class Performance:
     )
     undefined: list[UndefinedStatistic] = strawberry.field(description="The statistics that are null, and why.")
 
+    @resolved("What each asset, sector and asset class contributed to the P&L between the first and the last point.")
+    async def contribution(self, info: Info) -> Contribution:
+        return await load_contribution(info.context, self.portfolio, self.history)
+
 
 async def load_performance(
     context: Context, portfolio: PortfolioIdentity, curve_range: EquityCurveRange
@@ -134,13 +143,24 @@ async def load_performance(
         ledger.has_held(name, AssetClass.CRYPTO, history.after, history.last),
     )
     annualization_days = DAYS_PER_YEAR if crypto else SESSIONS_PER_YEAR
-    measured = measure(history.points, history.flows, trades, annualization_days)
-    return _show(curve_range, history, trades, measured)
+    exchange = context.services.settings.calendar_equity
+    # Whoever made the services has read its calendar.
+    sessions = sessions_of(exchange) if exchange else None
+    measured = measure(history.points, history.flows, trades, annualization_days, sessions)
+    return _show(portfolio, curve_range, history, trades, measured)
 
 
-def _show(curve_range: EquityCurveRange, history: History, trades: Trades, measured: Measured) -> Performance:
+def _show(
+    portfolio: PortfolioIdentity,
+    curve_range: EquityCurveRange,
+    history: History,
+    trades: Trades,
+    measured: Measured,
+) -> Performance:
     figures, deepest = measured.figures, measured.drawdown
     return Performance(
+        portfolio=portfolio,
+        history=history,
         range=curve_range,
         resolution=history.resolution,
         begun_at=_show_instant(measured.begun_at_ns),

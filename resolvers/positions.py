@@ -21,11 +21,13 @@ from engine.marks import Mark
 from engine.messages import Quote
 from engine.positions import HotPosition, PositionValuation, value_position
 from engine.runtime.clock import SECOND_NS, to_datetime
-from engine.stores.ledger_reads import PortfolioIdentity
+from engine.stores.ledger_reads import HeldCycle, PortfolioIdentity
 from resolvers.assets import Asset, show_asset
-from resolvers.context import Context, Info, QuoteWatch
+from resolvers.context import SCOPE_LEDGER_READ, Context, Info, QuoteWatch
 from resolvers.enums import MarkQuality
 from resolvers.errors import AWAY
+from resolvers.fields import resolved
+from resolvers.lots import Lot, ShownPosition, show_lot
 from resolvers.nav import AS_OF, CONFLATED, EPOCH, SEQUENCE, not_ready
 from resolvers.pages import Connection, check_first, connection, read_cursor, write_cursor
 from resolvers.streams import RATE_HZ_DEFAULT, StreamKind, kind_of, make_pace
@@ -50,15 +52,21 @@ strawberry.enum(PositionSide, description="LONG: quantity above 0. SHORT: quanti
     )
 )
 class Position:
+    shown: strawberry.Private[ShownPosition]
     asset: Asset = strawberry.field(description="What is held.")
     side: PositionSide = strawberry.field(description="The sign of the quantity.")
     quantity: Decimal = strawberry.field(description="Signed quantity: above 0 long, below 0 short.")
     average_cost: Decimal = strawberry.field(
         description="costBasis / quantity, per unit, without fees; reducing a position leaves it as it is."
     )
-    price: Decimal | None = strawberry.field(description="The last good price; null when there never was one.")
+    price: Decimal | None = strawberry.field(
+        description=(
+            "The last good price, in today's shares: one quoted before a split is divided by the split's ratio. Null "
+            "when there never was one."
+        )
+    )
     price_as_of: datetime | None = strawberry.field(description="When the price was quoted; null without a price.")
-    quality: MarkQuality = strawberry.field(description="How good the price is.")
+    quality: MarkQuality = strawberry.field(description="How good the price is now, by the asset's class and hours.")
     cost_basis: Decimal = strawberry.field(description="Σ signed notionals of the open quantity, without fees.")
     market_value: Decimal = strawberry.field(
         description="round(quantity × price, 6 decimals); the cost basis as long as there is no price."
@@ -76,6 +84,14 @@ class Position:
     weight: Decimal | None = strawberry.field(
         description="marketValue / NAV as a fraction, negative for a short; null when the NAV is 0."
     )
+
+    @resolved(
+        "Which purchases it consists of, first in, first out, oldest first; derived from the ledger. Needs the scope "
+        "ledger:read."
+    )
+    async def lots(self, info: Info) -> list[Lot]:
+        info.context.require(SCOPE_LEDGER_READ)
+        return [show_lot(lot) for lot in await info.context.lots.load(self.shown)]
 
 
 @strawberry.type(description="A message of positionUpdates: the positions that were filled or quoted since the last.")
@@ -106,13 +122,15 @@ async def load_positions(
         raise not_ready()
     # Only the page is valued: a portfolio may hold thousands.
     rows = [valued.value(symbol) for symbol in valued.symbols[bisect_right(valued.symbols, begin) :][: first + 1]]
-    assets = context.services.assets
-    await assets.ensure(row.symbol for row in rows)
-    return connection(rows, first, after, _cursor, lambda row: show_position(context, row))
+    sequence = valued.mark.ledger_sequence
+    return connection(rows, first, after, _cursor, lambda row: show_position(context, place[1], sequence, row))
 
 
-def show_position(context: Context, held: PositionValuation) -> Position:
+def show_position(context: Context, portfolio_id: str, ledger_sequence: int, held: PositionValuation) -> Position:
+    """The position as shown beside a mark of `ledger_sequence`."""
+    cycle = HeldCycle(portfolio_id, held.symbol, held.opened_sequence)
     return Position(
+        shown=ShownPosition(cycle, held.quantity, ledger_sequence),
         asset=show_asset(context.services.assets.get(held.symbol)),
         side=PositionSide.LONG if held.quantity > 0 else PositionSide.SHORT,
         quantity=held.quantity,
@@ -172,7 +190,7 @@ async def position_updates(
             if changes or closed or kind is not StreamKind.UPDATE or resumed:
                 withheld = withheld and not resumed
                 pace.sending()
-                positions = [show_position(context, row) for row in changes]
+                positions = [show_position(context, portfolio_id, mark.ledger_sequence, row) for row in changes]
                 yield _show(portfolio_id, mark, kind, positions, closed, conflated)
             conflated = 0
 
@@ -217,7 +235,8 @@ class _Held:
         shown: dict[str, tuple[object, ...]] = {}
         for symbol in sorted(self._positions):
             held = self._positions[symbol]
-            row = value_position(symbol, held, self._quotes.get(symbol), mark.nav, now_ns, stale_after_ns)
+            quote, sessions = self._quotes.get(symbol), services.assets.sessions(symbol)
+            row = value_position(symbol, held, quote, mark.nav, now_ns, stale_after_ns, sessions)
             shown[symbol] = (held, row.price, row.price_as_of_ns, row.quality)
             if whole or shown[symbol] != self._shown.get(symbol):
                 changes.append(row)

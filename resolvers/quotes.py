@@ -11,8 +11,8 @@ import strawberry
 
 from engine.messages import EventRejected, check_symbol
 from engine.messages import Quote as EngineQuote
-from engine.positions import quality_of
 from engine.runtime.clock import SECOND_NS, to_datetime
+from engine.sessions import quality_of
 from resolvers.context import SCOPE_PORTFOLIO_READ, Context, Info
 from resolvers.enums import MarkQuality
 from resolvers.errors import ErrorCode, PublicError
@@ -27,7 +27,7 @@ class Quote:
     price: Decimal = strawberry.field(description="Price per unit in the quote's currency, above 0.")
     as_of: datetime = strawberry.field(description="When it was quoted, as its source says.")
     source: str = strawberry.field(description="The feed that it came from.")
-    quality: MarkQuality = strawberry.field(description="LIVE, or STALE once it is older than the limit.")
+    quality: MarkQuality = strawberry.field(description="How good the price is now, by the asset's class and hours.")
 
 
 @strawberry.type(description="A message of quotes: the newest quote of each symbol quoted since the last message.")
@@ -84,13 +84,14 @@ def _check_symbols(symbols: list[str]) -> list[str]:
 def _show(context: Context, quotes: dict[str, EngineQuote]) -> list[Quote]:
     services = context.services
     now_ns, stale_after_ns = services.clock.now_ns(), services.settings.stale_after_s * SECOND_NS
+    sessions = services.assets.sessions
     return [
         Quote(
             symbol=symbol,
             price=Decimal(quote.price),
             as_of=to_datetime(quote.ts_event_ns),
             source=quote.source,
-            quality=quality_of(quote.ts_event_ns, now_ns, stale_after_ns),
+            quality=quality_of(quote.ts_event_ns, quote.condition, sessions(symbol), now_ns, stale_after_ns),
         )
         for symbol, quote in sorted(quotes.items())
     ]

@@ -35,6 +35,7 @@ from engine.performance import (
     volatility,
     xirr,
 )
+from engine.sessions import sessions_of
 
 MICRO = 1_000_000
 NO_TRADES = Trades(0, 0, 0, 0)
@@ -365,3 +366,31 @@ def test_every_statistic_has_a_value_or_a_reason(navs: list[int], days: int) -> 
     assert all(value.is_finite() for value in found.figures.values())
     assert (found.best_day is None) == (Statistic.BEST_DAY in found.undefined)
     assert (found.drawdown is None) == (Statistic.MAX_DRAWDOWN_PEAK_AT in found.undefined)
+
+
+# -- the exchange's days --------------------------------------------------------------------------------------
+
+
+def test_a_holiday_is_no_day_of_252_and_its_return_is_the_next_ones() -> None:
+    """Thanksgiving (Thursday 2025-11-27) and the weekend after it; the Friday closes early, and is a day."""
+    points = points_of([100, 101, 102, 103, 104, 105, 106, 110], datetime(2025, 11, 25, 23, tzinfo=UTC))
+    sessions = sessions_of("XNYS")
+    days = day_returns(points, 252, sessions)
+    assert isinstance(days, list)
+    first = ns(datetime(2025, 11, 25, tzinfo=UTC)) // DAY_NS
+    assert [one.day - first for one in days] == [1, 3, 6]
+    assert [one.value for one in days] == pytest.approx([101 / 100 - 1, 103 / 101 - 1, 106 / 103 - 1])
+    plain = day_returns(points, 252)
+    assert isinstance(plain, list)
+    assert [one.day - first for one in plain] == [1, 2, 3, 6]
+    assert isinstance(every := day_returns(points, 365, sessions), list)
+    assert len(every) == 6
+
+
+def test_the_exchanges_days_are_those_of_a_year() -> None:
+    """2024 had 252 sessions; the first is where the returns start, and the last point's day is running."""
+    points = points_of(list(range(1_000, 1_367)), datetime(2024, 1, 1, 23, tzinfo=UTC))
+    days = day_returns(points, 252, sessions_of("XNYS"))
+    assert isinstance(days, list)
+    assert len(days) == 251
+    assert math.prod(1 + one.value for one in days) == pytest.approx(1_365 / 1_001)

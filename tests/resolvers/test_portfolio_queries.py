@@ -6,18 +6,23 @@ import base64
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 
 import pytest
+from msgspec.structs import replace as replace_struct
 
 from engine.assets import Asset, AssetClass
 from engine.marks import MarkQuality
 from engine.messages import Quote
+from engine.runtime.clock import WallClock, to_ns
 from engine.sectors import SectorValue
+from resolvers.loaders import HotLoader
 from tests.builders import MICRO, MarkRow, held
 from tests.gateway import Gateway
 
 VALUATION = """query($id: String!) { portfolio(portfolioId: $id) { valuation {
-    nav cash positionsValue unrealizedPnl realizedPnl fees dayPnl dayPnlRatio dayCutAt quality asOf
+    nav cash receivables positionsValue unrealizedPnl realizedPnl realizedPnlNet fees income flows
+    dayPnl dayPnlRatio dayCutAt quality asOf
     epoch sequence ledgerSequence } } }"""
 
 
@@ -27,16 +32,29 @@ async def mark(gateway: Gateway, shard: int, portfolio_id: str, row: MarkRow | N
 
 
 async def test_valuation_shows_the_mark_exactly(gateway: Gateway, shard: int, portfolio_id: str) -> None:
-    row = MarkRow(nav=10_297_000_001, cash=-5, sequence=7, ledger_sequence=4, quality=MarkQuality.STALE)
+    row = MarkRow(
+        nav=10_297_000_001,
+        cash=-5,
+        receivables=2,
+        income=-3,
+        flows=10_000 * MICRO,
+        sequence=7,
+        ledger_sequence=4,
+        quality=MarkQuality.STALE,
+    )
     await mark(gateway, shard, portfolio_id, row)
     data = await gateway.ask(VALUATION, {"id": portfolio_id})
     assert data["portfolio"]["valuation"] == {
         "nav": "10297.000001",
         "cash": "-0.000005",
-        "positionsValue": "10297.000006",
+        "receivables": "0.000002",
+        "positionsValue": "10297.000004",
         "unrealizedPnl": "250",
         "realizedPnl": "75",
+        "realizedPnlNet": "72",
         "fees": "3",
+        "income": "-0.000003",
+        "flows": "10000",
         "dayPnl": "120",
         "dayPnlRatio": "0.012",
         "dayCutAt": "2026-11-22T00:00:00Z",
@@ -118,6 +136,94 @@ async def test_positions_are_valued_at_the_latest_quotes(gateway: Gateway, shard
     assert (bitcoin["averageCost"], bitcoin["unrealizedPnl"], bitcoin["weight"]) == ("600", "50", "-0.125")
     assert (never["price"], never["quality"], never["marketValue"]) == (None, "MISSING", "40")
     assert never["asset"] == {"symbol": "NEVER1", "sector": "UNCLASSIFIED", "assetClass": "UNCLASSIFIED"}
+
+
+SHARES = """query($id: String!) { portfolio(portfolioId: $id) { valuation {
+    nav qualityShares { quality value share } } } }"""
+
+
+async def test_quality_shares_say_how_much_of_the_value_stands_on_which_prices(
+    gateway: Gateway, shard: int, portfolio_id: str
+) -> None:
+    await mark(gateway, shard, portfolio_id)
+    bought = {"AAPL": held("1", 10), "BTC-USD": held("-2", -10), "ETH-USD": held("3", 10), "NEVER3": held("1", 100)}
+    await gateway.redis.positions(shard, portfolio_id, bought)
+    now_ns = time.time_ns()
+    quotes = [
+        Quote("AAPL", "200", now_ns, "SIM", 1, "HALTED"),
+        Quote("BTC-USD", "100", now_ns, "SIM", 1),
+        Quote("ETH-USD", "100", now_ns - 10**13, "SIM", 1),
+    ]
+    await gateway.redis.quotes(quotes)
+    shares = (await gateway.ask(SHARES, {"id": portfolio_id}))["portfolio"]["valuation"]["qualityShares"]
+    assert shares == [
+        {"quality": "LIVE", "value": "200", "share": "0.25"},
+        {"quality": "STALE", "value": "300", "share": "0.375"},
+        {"quality": "HALTED", "value": "200", "share": "0.25"},
+        {"quality": "MISSING", "value": "100", "share": "0.125"},
+    ]
+
+
+async def test_shares_that_do_not_come_out_even_sum_to_one(gateway: Gateway, shard: int, portfolio_id: str) -> None:
+    await mark(gateway, shard, portfolio_id)
+    held_at = {"BTC-USD": held("1", 1), "NEVER4": held("1", 1), "ETH-USD": held("1", 1)}
+    await gateway.redis.positions(shard, portfolio_id, held_at)
+    now_ns = time.time_ns()
+    quotes = [Quote("BTC-USD", "1", now_ns, "SIM", 2), Quote("ETH-USD", "1", now_ns, "SIM", 2, "HALTED")]
+    await gateway.redis.quotes(quotes)
+    shares = (await gateway.ask(SHARES, {"id": portfolio_id}))["portfolio"]["valuation"]["qualityShares"]
+    assert [share["share"] for share in shares] == ["0.3333333333"] * 3
+    assert abs(sum(Decimal(share["share"]) for share in shares) - 1) <= Decimal("1e-9")
+
+
+async def test_without_positions_there_are_no_shares(gateway: Gateway, shard: int, portfolio_id: str) -> None:
+    await mark(gateway, shard, portfolio_id)
+    assert (await gateway.ask(SHARES, {"id": portfolio_id}))["portfolio"]["valuation"]["qualityShares"] == []
+
+
+async def test_positions_are_read_for_shares_only(
+    gateway: Gateway, shard: int, portfolio_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await mark(gateway, shard, portfolio_id)
+    asked: list[object] = []
+
+    async def valued_positions(self: HotLoader, place: object) -> None:
+        asked.append(place)
+
+    monkeypatch.setattr(HotLoader, "valued_positions", valued_positions)
+    await gateway.ask(VALUATION, {"id": portfolio_id})
+    assert asked == []
+    await gateway.ask(SHARES, {"id": portfolio_id})
+    assert asked == [(shard, portfolio_id)]
+
+
+async def test_a_position_s_price_is_in_the_shares_of_today(gateway: Gateway, shard: int, portfolio_id: str) -> None:
+    await mark(gateway, shard, portfolio_id)
+    now_ns = time.time_ns()
+    position = replace_struct(held("40", 1_000), splits=((now_ns, "4"),))
+    await gateway.redis.positions(shard, portfolio_id, {"AAPL": position})
+    await gateway.redis.quotes([Quote("AAPL", "500", now_ns - 10**9, "SIM", 1, "DELAYED")])
+    query = """query($id: String!) { portfolio(portfolioId: $id) { positions(first: 1) { edges { node {
+        price quality marketValue averageCost } } } } }"""
+    (edge,) = (await gateway.ask(query, {"id": portfolio_id}))["portfolio"]["positions"]["edges"]
+    assert edge["node"] == {"price": "125", "quality": "DELAYED", "marketValue": "5000", "averageCost": "25"}
+
+
+async def test_a_closed_market_s_last_price_is_closed_and_not_stale(
+    gateway: Gateway, shard: int, portfolio_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quoted in Friday's session and seen on Sunday: the equity's market is closed, crypto's never is."""
+    friday_ns, sunday_ns = (to_ns(datetime(2026, 11, day, 17, 30, tzinfo=UTC)) for day in (27, 29))
+    monkeypatch.setattr(WallClock, "now_ns", lambda self: sunday_ns)
+    await mark(gateway, shard, portfolio_id)
+    symbols = ["AAPL", "BTC-USD", "NEVER5"]
+    await gateway.redis.positions(shard, portfolio_id, {symbol: held("1", 10) for symbol in symbols})
+    await gateway.redis.quotes([Quote(symbol, "5", friday_ns, "SIM", 1) for symbol in symbols])
+    query = (
+        """query($id: String!) { portfolio(portfolioId: $id) { positions(first: 3) { edges { node { quality } } } } }"""
+    )
+    edges = (await gateway.ask(query, {"id": portfolio_id}))["portfolio"]["positions"]["edges"]
+    assert [edge["node"]["quality"] for edge in edges] == ["CLOSED", "STALE", "STALE"]
 
 
 async def test_weight_is_null_at_zero_nav(gateway: Gateway, shard: int, portfolio_id: str) -> None:
