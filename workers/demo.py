@@ -16,7 +16,8 @@ from engine.runtime.connections import AWAY, Outage, connect_postgres, connect_r
 from engine.runtime.settings import Settings
 from engine.stores.redis_keys import PRICES
 from workers.feeds.replay import first_day_prices
-from workers.traders import demo_portfolio_id, portfolio_events_for_demo, produce_events, run_traders
+from workers.producing import produce_events
+from workers.traders import demo_portfolio_id, portfolio_events_for_demo, run_traders
 
 PRICES_POLL_INTERVAL_S = 0.2
 
@@ -26,7 +27,10 @@ _log = structlog.get_logger(__name__)
 async def run_demo_traders(
     settings: Settings, clock: Clock, stop: asyncio.Event, portfolios_count: int, seed: int, recording: str
 ) -> None:
-    """Trade until `stop`. Portfolios are bought at the recording's first prices, else at those in Redis."""
+    """Trade until `stop`. Portfolios are bought at the recording's first prices, else at those in Redis.
+
+    When a recorded market is over nobody trades any more, and the process waits for its end.
+    """
     assets = demo_assets(recording)
     prices = first_day_prices(Path(recording)) if recording else await _wait_for_prices(settings, stop, len(assets))
     if stop.is_set():
@@ -36,6 +40,9 @@ async def run_demo_traders(
         count = await produce_events(settings, events)
         _log.info("demo_portfolios_made", portfolios=portfolios_count, events=count)
     await run_traders(settings, clock, stop, portfolios_count, seed, sorted(prices))
+    if not stop.is_set():
+        _log.info("market_over")
+        await stop.wait()
 
 
 def demo_assets(recording: str) -> dict[str, Asset]:

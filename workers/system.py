@@ -1,8 +1,8 @@
 """The whole system on one machine: servers, schema, catalogue, then every role as a supervised child process.
 
     1. start what the settings do not name (embedded), all at once
-    2. migrate the database and load the shipped catalogue
-    3. start evaluators, API, snapshots, and with a feed the quotes worker
+    2. migrate the database, load the shipped catalogue, announce a recording's splits and dividends
+    3. start evaluators, API, snapshots, reconciler, and with a feed the quotes worker
     4. wait until the API is ready and every shard is owned, then write the ready file
     5. supervise until SIGINT or SIGTERM; then stop workers first, servers last
 
@@ -22,16 +22,16 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
-import asyncpg
 import msgspec
 import structlog
 from pydantic import SecretStr
 
 from engine.runtime.clock import SECOND_NS, make_clock, to_datetime
-from engine.runtime.connections import connect_postgres
+from engine.runtime.connections import AWAY, connect_postgres
 from engine.runtime.embedded import EmbeddedError, start_embedded
 from engine.runtime.embedded_start import free_port
 from engine.runtime.reaper import ChildProcesses
@@ -40,13 +40,27 @@ from engine.runtime.supervisor import ServerEnded, Supervisor
 from engine.runtime.telemetry import start_telemetry
 from engine.stores.migrate import upgrade
 from workers.catalogue import load_assets
-from workers.feeds.replay import parse_replay, plan_replay
+from workers.feeds.replay import bar_actions, parse_replay, plan_replay
+from workers.producing import produce_actions
 
 READY_TIMEOUT_S = 120
 READY_POLL_INTERVAL_S = 0.1
-# A recorded market opens this long after the plan is made, so that portfolios exist when it moves.
+# A recorded market opens this long after the plan is made, so that portfolios exist when it moves; on a slow machine
+# so many times as long as servers and schema took to get there.
 MARKET_OPENS_IN_S = 12
+MARKET_OPENS_FACTOR = 3
 JWT_SECRET_BYTES = 32
+_UNABLE_TO_START: tuple[type[Exception], ...] = (EmbeddedError, ValueError, *AWAY)
+# What two machines' clocks may differ by without anybody calling it another time.
+CLOCK_SKEW_MAX = timedelta(minutes=1)
+
+# The newest of what all portfolios' ledgers and day baselines say, each found at the end of its index.
+_REACHED = """
+SELECT max(greatest(
+    (SELECT recorded_at FROM ledger_entry WHERE portfolio_id = portfolio.id ORDER BY sequence DESC LIMIT 1),
+    (SELECT cut_at FROM day_baseline WHERE portfolio_id = portfolio.id ORDER BY cut_at DESC LIMIT 1)
+)) FROM portfolio
+"""
 
 _log = structlog.get_logger(__name__)
 
@@ -76,12 +90,14 @@ def run_system(
         options.ready_file.unlink(missing_ok=True)
     if not _is_free(settings.host, settings.port):
         fail(f"port {settings.port} on {settings.host} is taken: choose another one with --port")
+    began_s = time.monotonic()
     with ChildProcesses() as children:
         try:
             settings, server_pids = _start_servers(settings, options, children)
-            settings = _plan_clock(settings, options)
             asyncio.run(_prepare(settings, options))
-        except (EmbeddedError, OSError, ValueError, asyncpg.PostgresError) as error:
+            settings = _plan_clock(settings, options, time.monotonic() - began_s)
+            asyncio.run(_announce(settings, options))
+        except _UNABLE_TO_START as error:
             fail(str(error))
         supervisor = Supervisor(children)
         metrics_ports = _start_roles(supervisor, settings, options)
@@ -119,36 +135,44 @@ def _start_servers(
     return settings.model_copy(update=update), servers.pids
 
 
-def _plan_clock(settings: Settings, options: SystemOptions) -> Settings:
+def _plan_clock(settings: Settings, options: SystemOptions, started_in_s: float) -> Settings:
     """A replay makes the recorded market's time the program's. Raises OSError, ValueError."""
     kind, _, rest = options.feed.partition(":")
     if kind != "replay":
         return settings
     path, speed_milli = parse_replay(rest)
-    plan = plan_replay(path, speed_milli, time.time_ns() + MARKET_OPENS_IN_S * SECOND_NS)
+    opens_in_s = max(MARKET_OPENS_IN_S, int(MARKET_OPENS_FACTOR * started_in_s))
+    plan = plan_replay(path, speed_milli, time.time_ns() + opens_in_s * SECOND_NS)
     return settings.model_copy(update={"market_clock": plan.plan_json})
 
 
 async def _prepare(settings: Settings, options: SystemOptions) -> None:
     await upgrade(settings.postgres_url)
-    await _check_time(settings)
     beside = recording_of(options.feed).with_name("assets.csv") if recording_of(options.feed).name else None
     if beside is not None and beside.exists():
         await load_assets(settings, beside.read_text())
     await load_assets(settings)
 
 
-async def _check_time(settings: Settings) -> None:
-    """A ledger does not go back in time. Raises ValueError when it has seen days after the recording's first."""
+async def _announce(settings: Settings, options: SystemOptions) -> None:
+    """Check that the clock fits the ledger, and make a recording's splits and dividends known before it begins."""
+    await check_time(settings)
+    recording = recording_of(options.feed)
+    if recording.name:
+        await produce_actions(settings, bar_actions(recording))
+
+
+async def check_time(settings: Settings) -> None:
+    """A ledger does not go back in time. Raises ValueError when it has been written later than the clock says."""
     pool = await connect_postgres(settings, "system")
     try:
-        last_cut_at = await pool.fetchval("SELECT max(cut_at) FROM shard")
+        reached = await pool.fetchval(_REACHED)
     finally:
         await pool.close()
     now = to_datetime(make_clock(settings.market_clock).now_ns())
-    if last_cut_at is not None and last_cut_at > now:
+    if reached is not None and reached > now + CLOCK_SKEW_MAX:
         raise ValueError(
-            f"this ledger has reached {last_cut_at:%Y-%m-%d}, the clock says {now:%Y-%m-%d}: use a new one"
+            f"this ledger has reached {reached:%Y-%m-%d %H:%M}, the clock says {now:%Y-%m-%d %H:%M}: use a new one"
         )
 
 
@@ -172,6 +196,7 @@ def _start_roles(supervisor: Supervisor, settings: Settings, options: SystemOpti
         start(f"evaluator-{number}", "evaluator")
     start("api", "api")
     start("snapshots", "snapshots")
+    start("reconciler", "reconciler")
     if options.feed:
         start("quotes", "quotes", "--feed", options.feed, "--seed", str(options.seed))
     if options.demo_portfolios:
@@ -202,6 +227,7 @@ def _ready_file(settings: Settings, pids: dict[str, int], metrics_ports: dict[st
         postgres_url=settings.postgres_url,
         kafka_bootstrap=settings.kafka_bootstrap,
         topic=settings.topic,
+        actions_topic=settings.actions_topic,
         jwt_secret=settings.jwt_secret.get_secret_value(),
         market_clock=settings.market_clock,
         pids=pids,

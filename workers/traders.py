@@ -8,10 +8,9 @@ that such assets are traded in: crypto 6, commodities 2, equities whole shares, 
 few.
 
 `run_traders` goes on with random fills at current prices (Redis `prices`), in the symbols that the portfolios hold
-already, and now and then moves cash. `produce_events` sends ready events; lines that are no events are sent as
-they are, because judging them is the evaluator's task.
-
-All events go through an idempotent producer, key = portfolio id, at most IN_FLIGHT_COUNT_MAX unacknowledged.
+already, and now and then moves cash. A fill is worth a sum of money, so a split changes how many shares it is; it is
+executed at the instant of the quote whose price it has, so price and shares are of one time, whichever side of a split
+it is booked on. Dividends come as corporate actions, never from here. When a recorded market is over, so is trading.
 """
 
 from __future__ import annotations
@@ -24,12 +23,7 @@ from datetime import datetime
 from decimal import Decimal
 from random import Random
 
-import msgspec
-import structlog
 import uuid_utils
-from aiokafka import AIOKafkaProducer
-from aiokafka.errors import MessageSizeTooLargeError
-from prometheus_client import Counter
 from redis.asyncio import Redis
 
 from engine.amounts import plain
@@ -43,10 +37,11 @@ from engine.messages import (
     encode_event,
     quote_decoder,
 )
-from engine.runtime.clock import Clock, to_datetime, to_ns
+from engine.runtime.clock import Clock, is_over, to_datetime, to_ns
 from engine.runtime.connections import AWAY, Outage, connect_redis, make_producer, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores.redis_keys import PRICES
+from workers.producing import EventSender
 
 POSITIONS_COUNT = 15
 DEMO_OWNER = "demo"
@@ -56,26 +51,12 @@ SHORT_EVERY = 10  # one portfolio in so many is short
 SHORT_POSITIONS_COUNT = 3
 FILLS_PER_S = 3
 CASH_PERCENT = 4  # of the traders' events
-IN_FLIGHT_COUNT_MAX = 2_000  # bounds memory; enough to keep every partition's next batch full
 CURRENCY = "USD"
 VENUE = "SIM"
 
 _DEPOSITS = (10_000, 25_000, 50_000, 100_000, 250_000, 1_000_000)
 _STRATEGIES = ("Growth", "Income", "Balanced", "Momentum", "Value", "Core", "Global", "Opportunities")
 _FEW_SHARES = 10
-
-EVENTS = Counter("navstream_produced_events_total", "Events sent to Kafka, by outcome", ["outcome"])
-
-_log = structlog.get_logger(__name__)
-
-
-class _Keyed(msgspec.Struct):
-    """As much of an event as its key needs."""
-
-    portfolio_id: str
-
-
-_keyed_decoder = msgspec.json.Decoder(_Keyed)
 
 
 def demo_portfolio_id(index: int) -> str:
@@ -190,88 +171,6 @@ def _uuid7_at(at: datetime, random: Random) -> str:
     return str(uuid.UUID(int=value))
 
 
-class EventSender:
-    """Sends events with a bounded number in flight and counts what became of them."""
-
-    def __init__(self, producer: AIOKafkaProducer, topic: str, on_acknowledged: Callable[[int], None] | None) -> None:
-        self._producer = producer
-        self._topic = topic
-        self._on_acknowledged = on_acknowledged
-        self._room = asyncio.Semaphore(IN_FLIGHT_COUNT_MAX)
-        self.acknowledged_count = 0
-        self.failed_count = 0
-
-    async def send(self, event: bytes | PortfolioEvent) -> None:
-        """Hand one event over; waits while too many are in flight. Raises KafkaError when Kafka is gone."""
-        value = event if isinstance(event, bytes) else encode_event(event)
-        await self._room.acquire()
-        try:
-            answer = await self._producer.send(self._topic, value=value, key=event_key(value))
-        except MessageSizeTooLargeError:
-            self._room.release()
-            self._fail("too_large")
-        except BaseException:
-            self._room.release()
-            raise
-        else:
-            answer.add_done_callback(self._answered)
-
-    async def drain(self) -> None:
-        """Wait until everything in flight is acknowledged or has failed."""
-        for _ in range(IN_FLIGHT_COUNT_MAX):
-            await self._room.acquire()
-        for _ in range(IN_FLIGHT_COUNT_MAX):
-            self._room.release()
-
-    def _answered(self, answer: asyncio.Future[object]) -> None:
-        self._room.release()
-        if answer.cancelled() or answer.exception() is not None:
-            self._fail("cancelled" if answer.cancelled() else type(answer.exception()).__name__)
-            return
-        self.acknowledged_count += 1
-        EVENTS.labels("acknowledged").inc()
-        if self._on_acknowledged is not None:
-            self._on_acknowledged(self.acknowledged_count)
-
-    def _fail(self, reason: str) -> None:
-        if not self.failed_count:
-            _log.warning("event_not_acknowledged", reason=reason)
-        self.failed_count += 1
-        EVENTS.labels("failed").inc()
-
-
-def event_key(value: bytes) -> bytes | None:
-    """The Kafka key of an event: its portfolio id, None where there is none to be read."""
-    try:
-        return _keyed_decoder.decode(value).portfolio_id.encode() or None
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return None
-
-
-async def produce_events(
-    settings: Settings,
-    events: Iterable[bytes | PortfolioEvent],
-    on_acknowledged: Callable[[int], None] | None = None,
-) -> int:
-    """Send events in their order; answers how many Kafka acknowledged. Blank lines are passed over.
-
-    `on_acknowledged` is told the count so far after each one. Raises KafkaError when Kafka is away.
-    """
-    producer = make_producer(settings, "events")
-    sender = EventSender(producer, settings.topic, on_acknowledged)
-    try:
-        await producer.start()
-        for event in events:
-            if not isinstance(event, bytes):
-                await sender.send(event)
-            elif line := event.strip():
-                await sender.send(line)
-        await sender.drain()
-    finally:
-        await producer.stop()
-    return sender.acknowledged_count
-
-
 async def run_traders(
     settings: Settings,
     clock: Clock,
@@ -282,7 +181,8 @@ async def run_traders(
     fills_per_s: int = FILLS_PER_S,
     on_acknowledged: Callable[[int], None] | None = None,
 ) -> int:
-    """Trade in the demo's portfolios until `stop`; answers how many events Kafka acknowledged.
+    """Trade in the demo's portfolios until `stop` or the end of a recorded market; answers how many events Kafka
+    acknowledged.
 
     `symbols` are those the portfolios were made from. Kafka or Redis away: one log line, then on again.
     """
@@ -290,13 +190,13 @@ async def run_traders(
     redis = connect_redis(settings, "traders")
     outage, acknowledged_count = Outage("kafka or redis of the traders"), 0
     try:
-        while not stop.is_set():
+        while not (stop.is_set() or is_over(clock)):
             # A producer that has failed for good says so on every send: after an outage there is a new one.
             producer = make_producer(settings, "traders")
             sender = EventSender(producer, settings.topic, on_acknowledged)
             try:
                 await producer.start()
-                await _trade(trader, redis, sender, outage, stop, fills_per_s)
+                await _trade(trader, clock, redis, sender, outage, stop, fills_per_s)
                 await sender.drain()
             except AWAY as error:
                 await stopped_within(stop, outage.begin_or_continue(error))
@@ -311,12 +211,18 @@ async def run_traders(
 
 
 async def _trade(
-    trader: _Trader, redis: Redis, sender: EventSender, outage: Outage, stop: asyncio.Event, fills_per_s: int
+    trader: _Trader,
+    clock: Clock,
+    redis: Redis,
+    sender: EventSender,
+    outage: Outage,
+    stop: asyncio.Event,
+    fills_per_s: int,
 ) -> None:
-    while not stop.is_set():
+    while not (stop.is_set() or is_over(clock)):
         event = await trader.next_event(redis)
         if event is not None:
-            await sender.send(event)
+            await sender.send(encode_event(event))
         outage.end()
         await stopped_within(stop, trader.pause_s(fills_per_s))
 
@@ -348,10 +254,11 @@ class _Trader:
         stored = await redis.hget(PRICES, symbol)
         if not isinstance(stored, bytes):
             return None
-        price = Decimal(quote_decoder.decode(stored).price)
+        quote = quote_decoder.decode(stored)
         side: Side = self._random.choice(("BUY", "SELL"))
         budget = Decimal(self._random.randint(100, 2_500))
-        return _fill(_new_id(), portfolio_id, symbol, side, budget, price, at, self._assets.get(symbol))
+        price, executed_at = Decimal(quote.price), to_datetime(quote.ts_event_ns)
+        return _fill(_new_id(), portfolio_id, symbol, side, budget, price, executed_at, self._assets.get(symbol))
 
     def _cash(self, portfolio_id: str, at: datetime) -> CashEvent:
         deposit = self._random.randrange(3) == 0
@@ -359,11 +266,11 @@ class _Trader:
         return CashEvent(
             event_id=_new_id(),
             portfolio_id=portfolio_id,
-            kind="DEPOSIT" if deposit else "DIVIDEND",
+            kind="DEPOSIT" if deposit else "INTEREST",
             amount=plain(Decimal(cents).scaleb(-2)),
             currency=CURRENCY,
             effective_at=at,
-            reference="savings plan" if deposit else "cash dividend",
+            reference="savings plan" if deposit else "interest on cash",
         )
 
 

@@ -6,93 +6,16 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import httpx
-import psutil
 import pytest
 
-from engine.runtime.embedded_start import free_port
-from engine.runtime.settings import ReadyFile, read_ready_file
-
-RECORDING = Path(__file__).parents[3] / "shared/market/us_equities_daily_2020-04_2021-04.csv.gz"
-START_TIMEOUT_S = 60
-END_TIMEOUT_S = 25
-
-
-def navstream(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "navstream", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env=clean_environment() | environment,
-        check=False,
-    )
-
-
-def clean_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("NAVSTREAM_")}
-
-
-@contextmanager
-def system(directory: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], ReadyFile]]:
-    """A running system; ends it if the test has not."""
-    ready, log = directory / "ready.json", directory / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "navstream", *arguments, "--port", str(free_port()), "--ready-file", str(ready)],
-            env=clean_environment(),
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        wait_until(lambda: ready.exists() or process.poll() is not None, START_TIMEOUT_S)
-        assert ready.exists(), log.read_text()[-4_000:]
-        yield process, read_ready_file(ready)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait(END_TIMEOUT_S)
-
-
-def wait_until(holds: Any, timeout_s: float) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
-        time.sleep(0.05)
-
-
-def ask(ready: ReadyFile, query: str, subject: str = "demo") -> dict[str, Any]:
-    file = ready_path(ready)
-    token = navstream("token", "--sub", subject, "--scope", "portfolio:read ledger:read", "--ready-file", file)
-    headers = {"Authorization": f"Bearer {token.stdout.strip()}"}
-    answer = httpx.post(ready.graphql_url, json={"query": query}, headers=headers, timeout=10).json()
-    assert "errors" not in answer, answer
-    return answer["data"]
-
-
-_paths: dict[str, str] = {}
-
-
-def ready_path(ready: ReadyFile) -> str:
-    return _paths[ready.graphql_url]
-
-
-def all_gone(pids: dict[str, int]) -> bool:
-    for pid in pids.values():
-        with suppress(psutil.NoSuchProcess):
-            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                return False
-    return True
+from tests.running_program import END_TIMEOUT_S, RECORDING, all_gone, ask, navstream, system, wait_until
 
 
 @pytest.fixture
@@ -130,7 +53,6 @@ def counted(metrics: str, name: str) -> float:
 def test_up_events_reconcile_and_an_orderly_end(tmp_path: Path, one_event_file: Path) -> None:
     with system(tmp_path, "up", "--evaluators", "2") as (process, ready):
         file = str(tmp_path / "ready.json")
-        _paths[ready.graphql_url] = file
         assert (tmp_path / "ready.json").stat().st_mode & 0o077 == 0, "it holds passwords"
         produced = navstream("events", str(one_event_file), "--ready-file", file)
         assert (produced.returncode, produced.stdout.strip()) == (0, "3 of 3 events acknowledged")
@@ -138,7 +60,7 @@ def test_up_events_reconcile_and_an_orderly_end(tmp_path: Path, one_event_file: 
 
         def booked() -> bool:
             with suppress(AssertionError):
-                return ask(ready, query)["portfolio"]["valuation"]["nav"] == "1000.5"
+                return ask(file, query)["portfolio"]["valuation"]["nav"] == "1000.5"
             return False
 
         wait_until(booked, 15)
@@ -152,6 +74,49 @@ def test_up_events_reconcile_and_an_orderly_end(tmp_path: Path, one_event_file: 
         process.wait(END_TIMEOUT_S)
         wait_until(lambda: all_gone(ready.pids), 10)
         assert not (tmp_path / "ready.json").exists()
+
+
+def test_a_split_and_a_dividend_from_a_file_reach_who_holds(tmp_path: Path, one_event_file: Path) -> None:
+    """Sent twice: taken once."""
+    fill = {
+        "type": "fill",
+        "event_id": "f",
+        "portfolio_id": "p-1",
+        "symbol": "AAPL",
+        "side": "BUY",
+        "quantity": "2",
+        "price": "100",
+        "currency": "USD",
+        "executed_at": "2020-08-03T15:00:00Z",
+    }
+    with one_event_file.open("a") as file:
+        file.write(json.dumps(fill) + "\n")
+    actions = tmp_path / "actions.jsonl"
+    split = {"type": "split", "action_id": "s", "symbol": "AAPL", "ratio": "4", "effective_at": "2020-08-31T13:30:00Z"}
+    dates = {"ex_date": "2020-08-07", "pay_date": "2020-08-13"}
+    paid = {"type": "dividend", "action_id": "d", "symbol": "AAPL", "amount": "0.82", **dates}
+    actions.write_text("".join(json.dumps(action) + "\n" for action in (paid, split)) + "nonsense\n")
+    with system(tmp_path, "up"):
+        file_name = str(tmp_path / "ready.json")
+        assert navstream("events", str(one_event_file), "--ready-file", file_name).returncode == 0
+        query = """{ portfolio(portfolioId: "p-1") { valuation { cash receivables }
+            positions(first: 5) { edges { node { quantity averageCost } } } } }"""
+
+        def seen() -> tuple[str, str, str, str] | None:
+            with suppress(AssertionError, IndexError):
+                portfolio = ask(file_name, query)["portfolio"]
+                node = portfolio["positions"]["edges"][0]["node"]
+                valuation = portfolio["valuation"]
+                return valuation["cash"], valuation["receivables"], node["quantity"], node["averageCost"]
+            return None
+
+        wait_until(lambda: seen() == ("800.5", "0", "2", "100"), 20)
+        for _ in range(2):
+            produced = navstream("actions", str(actions), "--ready-file", file_name)
+            assert (produced.returncode, produced.stdout.strip()) == (0, "3 of 3 actions acknowledged")
+        wait_until(lambda: seen() == ("802.14", "0", "8", "25"), 20)
+        checked = navstream("reconcile", "--ready-file", file_name)
+        assert (checked.returncode, checked.stdout.strip()) == (0, "1 portfolios, 6 ledger entries, 0 differences")
 
 
 def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
@@ -184,7 +149,6 @@ def test_a_kept_directory_goes_on_where_it_stopped(tmp_path: Path, kept_director
     with system(tmp_path, *keep) as (process, ready):
         file = str(tmp_path / "ready.json")
         navstream("events", str(one_event_file), "--ready-file", file)
-        _paths[ready.graphql_url] = file
         wait_until(lambda: "1 portfolios" in navstream("reconcile", "--ready-file", file).stdout, 20)
         process.kill()
         process.wait(END_TIMEOUT_S)
@@ -203,26 +167,27 @@ def test_a_kept_directory_goes_on_where_it_stopped(tmp_path: Path, kept_director
 @pytest.mark.timeout(180)
 def test_a_recorded_market_through_the_whole_system(tmp_path: Path) -> None:
     """A quarter of the recorded year at ten days a second, 30 portfolios × 15 positions."""
-    with system(tmp_path, "demo", "--replay", f"{RECORDING}@10", "--portfolios", "30") as (_, ready):
+    with system(tmp_path, "demo", "--replay", f"{RECORDING}@10", "--portfolios", "30"):
         file = str(tmp_path / "ready.json")
-        _paths[ready.graphql_url] = file
         query = """{ portfolio(portfolioId: "demo-0001") {
-            valuation { nav cash positionsValue asOf dayCutAt quality }
+            valuation { nav cash receivables positionsValue asOf dayCutAt quality }
             equityCurve(range: ALL) { points { at nav } } } }"""
 
         def a_month_in() -> bool:
             with suppress(AssertionError):
-                return ask(ready, query)["portfolio"]["valuation"]["asOf"] > "2020-07-01"
+                return ask(file, query)["portfolio"]["valuation"]["asOf"] > "2020-07-01"
             return False
 
         wait_until(a_month_in, 60)
-        seen = ask(ready, query)["portfolio"]
+        seen = ask(file, query)["portfolio"]
         points = seen["equityCurve"]["points"]
         assert len(points) > 8
         assert len({point["nav"] for point in points}) > 8, "a curve of a moving market moves"
         assert [point["at"] for point in points] == sorted(point["at"] for point in points)
         valuation = seen["valuation"]
-        assert Decimal(valuation["nav"]) == Decimal(valuation["cash"]) + Decimal(valuation["positionsValue"])
+        parts = [Decimal(valuation[name]) for name in ("cash", "receivables", "positionsValue")]
+        assert Decimal(valuation["nav"]) == sum(parts)
+        assert parts[1] > 0, "of the dividends of the last 14 days"
         assert valuation["dayCutAt"][:10] == valuation["asOf"][:10]
         checked = navstream("reconcile", "--ready-file", file)
         assert checked.returncode == 0, checked.stdout
@@ -230,10 +195,11 @@ def test_a_recorded_market_through_the_whole_system(tmp_path: Path) -> None:
 
 
 def test_commands_say_what_is_missing() -> None:
-    for command in ("api", "evaluator", "snapshots", "reconcile"):
+    for command in ("api", "evaluator", "snapshots", "reconcile", "reconciler"):
         answer = navstream(command)
         assert answer.returncode == 2
         assert "NAVSTREAM_REDIS_URL" in answer.stderr
+    assert "NAVSTREAM_KAFKA_BOOTSTRAP" in navstream("actions", __file__).stderr
     assert "NAVSTREAM_KAFKA_BOOTSTRAP" in navstream("events", __file__).stderr
     assert "JWT_SECRET" in navstream("token", "--sub", "s", "--scope", "portfolio:read").stderr
 
@@ -268,7 +234,21 @@ def test_bad_arguments_end_with_one_clear_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "up", "api", "quotes", "evaluator", "snapshots", "reconcile", "replay", "events", "token", "schema"],
+    [
+        "demo",
+        "up",
+        "api",
+        "quotes",
+        "evaluator",
+        "snapshots",
+        "reconcile",
+        "reconciler",
+        "replay",
+        "events",
+        "actions",
+        "token",
+        "schema",
+    ],
 )
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     shown = navstream(command, "--help", COLUMNS="200", TERM="dumb")

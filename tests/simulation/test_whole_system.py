@@ -2,7 +2,9 @@
 
 Evaluators are processes of their own on real servers. While events (duplicates and bad ones among them) and quotes
 flow, a third evaluator joins, Redis stands still, one evaluator is killed -9, Redis loses everything (twice), and one
-evaluator is stopped until others have taken its shards, then let go on as a zombie. At the end, for every portfolio:
+evaluator is stopped until others have taken its shards, then let go on as a zombie. Half-way, while no events flow, two
+splits (one of them late) and a dividend come, and an evaluator is killed while they are being booked; afterwards there
+are fills and reversals of before and after them. At the end, for every portfolio:
 marks, positions and sectors in hot state equal the oracle's, the ledger has each event once and in gap-free sequence,
 the dead letters are the bad events and nothing else, and no process is left.
 
@@ -20,19 +22,21 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from engine.corporate_actions import CorporateAction, DividendAction, SplitAction, encode_action, opens_at
 from engine.marks import Mark, MarkQuality
 from engine.positions import hot_position_decoder
 from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings
 from engine.sectors import sector_value_decoder
 from engine.stores import redis_keys
-from tests.bookkeeping import cash, fill, opening
+from tests.bookkeeping import MARK_FIELDS, cash, dividend, fill, opening, reversal, split
 from tests.oracle import Oracle
 from tests.running_system import System, connected, eventually, read_all
 
@@ -40,7 +44,10 @@ PORTFOLIOS_COUNT = 24
 EVENTS_COUNT = int(os.environ.get("NAVSTREAM_SIMULATION_EVENTS", "2400"))
 STEPS_COUNT = 120
 STEP_S = 0.06
+ACTIONS_STEP = 60
 SETTLE_TIMEOUT_S = 30
+# A split that is announced takes effect so much later; by then everybody knows of it.
+ANNOUNCED_S = 3
 LEASE_DURATION_MS = 1_000
 REDIS_PAUSE_MS = 1_500
 # Known sectors and one symbol that nobody knows.
@@ -64,6 +71,11 @@ class Stream:
         self.sent: list[dict[str, Any]] = []
         self.bad: set[bytes] = set()
         self.prices = {symbol: self.random.randint(100, 90_000) for symbol in SECTORS}
+        now = datetime.now(UTC)
+        # Executions are of three days ago, before all corporate actions; from half-way on some are of today.
+        self.executions = [now - timedelta(days=3)]
+        # Nobody's day ends while the test runs, also when it runs at midnight.
+        self.day_cut = f"{(now.hour + 12) % 24:02}:00 UTC"
 
     def good_or_refused(self, event: dict[str, Any]) -> tuple[str, bytes]:
         value = json.dumps(event).encode()
@@ -77,7 +89,7 @@ class Stream:
         return key, value
 
     def openings(self) -> list[tuple[str, bytes]]:
-        return [self.good_or_refused(opening(name)) for name in self.names]
+        return [self.good_or_refused(opening(name) | {"day_cut": self.day_cut}) for name in self.names]
 
     def next(self) -> tuple[str, bytes]:
         kind = self.random.random()
@@ -88,12 +100,21 @@ class Stream:
         if kind < 0.13:
             again = self.random.choice(self.sent)
             return self.good_or_refused({**again, "portfolio_id": again["portfolio_id"], **self.changed(again)})
+        if kind < 0.17:
+            return self.good_or_refused(self.taking_back())
         return self.good_or_refused(self.trade() if kind < 0.75 else self.movement())
 
     def changed(self, event: dict[str, Any]) -> dict[str, str]:
         """Other content under the same id."""
         number = str(self.random.randint(1, 999))
-        return {"name": number} if event["type"] == "open" else {"fee" if "fee" in event else "amount": number}
+        changing = {"open": "name", "fill": "fee", "cash": "amount", "reversal": "reference"}
+        return {changing[event["type"]]: number}
+
+    def taking_back(self) -> dict[str, Any]:
+        """Now and then of what can not be taken back, or in another portfolio."""
+        event = self.random.choice(self.sent)
+        name = event["portfolio_id"] if self.random.random() < 0.95 else self.random.choice(self.names)
+        return reversal(name, event["event_id"], self.fresh_id())
 
     def trade(self) -> dict[str, Any]:
         chosen, name = self.random, self.random.choice(self.names)
@@ -104,7 +125,8 @@ class Stream:
             exact = abs(held.quantity) * chosen.choice((1, 1, 2))
             quantity, side = f"{int(exact * 10**12)}e-12", "SELL" if held.quantity > 0 else "BUY"
         price = f"{self.prices[symbol] + chosen.randint(-99, 99) + 100}e-2"
-        return fill(name, side, quantity, price, self.fresh_id(), symbol, f"{chosen.randint(0, 500)}e-2")
+        at = chosen.choice(self.executions).isoformat()
+        return fill(name, side, quantity, price, self.fresh_id(), symbol, f"{chosen.randint(0, 500)}e-2", at)
 
     def movement(self) -> dict[str, Any]:
         kinds = ("DEPOSIT", "DEPOSIT", "WITHDRAWAL", "REWARD", "FEE", "INTEREST", "DIVIDEND")
@@ -127,6 +149,23 @@ class Stream:
 
     def fresh_id(self) -> str:
         return f"e-{len(self.sent)}-{self.random.randrange(10**9)}"
+
+    def actions(self) -> list[CorporateAction]:
+        """A split that comes two days late, one that is announced, a dividend of yesterday: the oracle takes them."""
+        now = datetime.now(UTC)
+        late_at, soon_at = now - timedelta(days=2), now + timedelta(seconds=ANNOUNCED_S)
+        day = (now - timedelta(days=1)).date()
+        self.oracle.split(split("SIM1", "3:2", late_at, "late"))
+        self.oracle.accrue(dividend("SIM3", "0.37", "yesterday"), opens_at(day))
+        self.oracle.pay(dividend("SIM3", "0.37", "yesterday"))
+        self.oracle.priced_at["SIM2"] = now
+        self.oracle.split(split("SIM2", "4", soon_at, "soon"))
+        self.executions.append(soon_at)
+        return [
+            SplitAction(action_id="late", symbol="SIM1", ratio="3:2", effective_at=late_at),
+            SplitAction(action_id="soon", symbol="SIM2", ratio="4", effective_at=soon_at),
+            DividendAction(action_id="yesterday", symbol="SIM3", amount="0.37", ex_date=day, pay_date=day),
+        ]
 
     def quote(self) -> tuple[str, str]:
         symbol = self.random.choice(list(SECTORS))
@@ -193,6 +232,7 @@ async def system(redis_db: str, fresh_database: str, kafka_bootstrap: str, topic
         postgres_url=fresh_database,
         kafka_bootstrap=kafka_bootstrap,
         topic=topic,
+        actions_topic=f"{topic}-actions",
         flush_interval_ms=20,
         lease_duration_ms=LEASE_DURATION_MS,
         lease_renewal_interval_ms=200,
@@ -216,7 +256,7 @@ async def test_random_events_quotes_and_faults_end_as_the_oracle_says(
         await finish(system, stream)
         await assert_hot_state(system, stream.oracle)
         statuses = await processes.stop()
-    assert statuses == {"second": 0, "third": 0, "fourth": 0}
+    assert statuses == {"second": 0, "third": 0, "fifth": 0}
     await assert_ledger(system, stream.oracle)
     assert {value for value, _ in await read_all(system, f"{system.settings.topic}.dlq")} == stream.bad
     assert not [p for p in psutil.Process().children(recursive=True) if "run_evaluator.py" in " ".join(p.cmdline())]
@@ -229,6 +269,7 @@ async def flow(system: System, stream: Stream, processes: Evaluators) -> None:
         20: lambda: join(processes, "third"),
         35: lambda: pause_redis(system),
         45: lambda: kill_and_replace(processes),
+        ACTIONS_STEP: lambda: act(system, stream, processes),
         65: lambda: lose_redis(system),
         80: lambda: freeze(system, processes, "second"),
         100: lambda: thaw(system, processes, "second"),
@@ -256,6 +297,18 @@ async def join(processes: Evaluators, name: str) -> None:
 async def kill_and_replace(processes: Evaluators) -> None:
     processes.kill("first")
     processes.start("fourth")
+
+
+async def act(system: System, stream: Stream, processes: Evaluators) -> None:
+    """Corporate actions while no events flow, so that it is known what they meet; and a crash among them."""
+    await all_settled(system, stream.oracle)
+    actions = stream.actions()
+    for action in [*actions, *actions]:
+        key = action.symbol.encode()
+        await system.producer.send_and_wait(system.settings.actions_topic, encode_action(action), key=key)
+    processes.kill("fourth")
+    processes.start("fifth")
+    await all_settled(system, stream.oracle)
 
 
 async def pause_redis(system: System) -> None:
@@ -332,19 +385,26 @@ async def assert_hot_state(system: System, oracle: Oracle) -> None:
         mark = await system.mark(name)
         assert mark is not None
         assert_mark(mark, portfolio.figures(oracle.prices))
+        # What fills did depends on the prices that each of them met, which the ledger alone knows.
+        traded = await system.pool.fetchval(
+            "SELECT sum(nav_effect + fee) FROM ledger_entry WHERE portfolio_id = $1 AND kind = 'FILL'", name
+        )
+        assert mark.trading == (traded or 0) * 10**6
         shard = await system.shard_of(name)
         packed = await system.redis.hgetall(redis_keys.positions(shard, name))
         positions = {symbol.decode(): hot_position_decoder.decode(value) for symbol, value in packed.items()}
-        found = {s: (f"{p.quantity}", p.cost, p.realized, p.day_base) for s, p in positions.items()}
+        found = {
+            s: (p.quantity, p.cost, p.realized, p.day_base, p.fees, p.opened_sequence) for s, p in positions.items()
+        }
         assert found == {
-            s: (plain_text(p.quantity), p.cost, p.realized, portfolio.day.traded[s])
+            s: (plain_text(p.quantity), p.cost, p.realized, portfolio.day.traded[s], p.fees, p.opened_sequence)
             for s, p in portfolio.positions.items()
         }
         await assert_sectors(system, shard, name, portfolio.sectors(oracle.prices, SECTORS))
 
 
 def assert_mark(mark: Mark, figures: Any) -> None:
-    for name in ("nav", "cash", "positions_value", "unrealized", "realized", "fees", "day_pnl", "ledger_sequence"):
+    for name in {*MARK_FIELDS, "ledger_sequence"} - {"trading"}:
         assert getattr(mark, name) == getattr(figures, name), name
     assert mark.quality is MarkQuality.LIVE
 
@@ -362,8 +422,10 @@ async def assert_sectors(system: System, shard: int, name: str, expected: dict[s
 
 async def assert_ledger(system: System, oracle: Oracle) -> None:
     """Each booked event once, and every portfolio's sequence without a gap."""
-    rows = await system.pool.fetch("SELECT portfolio_id, sequence, event_id FROM ledger_entry ORDER BY 1, 2")
-    assert sorted(row["event_id"] for row in rows) == sorted(oracle.recorded)
+    rows = await system.pool.fetch("SELECT portfolio_id, sequence, event_id, late FROM ledger_entry ORDER BY 1, 2")
+    assert sorted(row["event_id"] for row in rows if "#" not in row["event_id"]) == sorted(oracle.recorded)
+    of_actions = {row["event_id"].partition("#")[0]: row["late"] for row in rows if "#" in row["event_id"]}
+    assert of_actions == {"late": True, "soon": False, "yesterday": True}
     sequences: dict[str, list[int]] = {}
     for row in rows:
         sequences.setdefault(row["portfolio_id"], []).append(row["sequence"])

@@ -8,7 +8,6 @@ from decimal import Decimal
 from uuid import UUID
 
 import pytest
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from redis.asyncio import Redis
 
 from engine.assets import AssetClass, load_catalogue
@@ -24,18 +23,17 @@ from engine.messages import (
     encode_event,
     quote_encoder,
 )
-from engine.runtime.clock import WallClock
+from engine.runtime.clock import DAY_NS, MarketClock, MarketClockPlan, WallClock, to_ns
 from engine.runtime.settings import Settings
 from engine.stores.redis_keys import PRICES
+from tests.topics import read_topic
 from workers.feeds.simulated import START_PRICES
 from workers.traders import (
     POSITIONS_COUNT,
     demo_owner,
     demo_portfolio_id,
     demo_symbols,
-    event_key,
     portfolio_events_for_demo,
-    produce_events,
     run_traders,
 )
 
@@ -45,23 +43,6 @@ PRICES_AT_START = {symbol: Decimal(text) for symbol, text in START_PRICES.items(
 
 def demo(count: int = 20, seed: int = 7) -> list[PortfolioEvent]:
     return list(portfolio_events_for_demo(PRICES_AT_START, count, seed, AT))
-
-
-async def read_topic(bootstrap: str, topic: str, count: int) -> list[ConsumerRecord]:
-    """The first `count` records of all partitions, each partition's in order."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="earliest")
-    await consumer.start()
-    try:
-        partitions = await consumer._client._wait_on_metadata(topic)
-        consumer.assign([TopicPartition(topic, partition) for partition in partitions])
-        records: list[ConsumerRecord] = []
-        async with asyncio.timeout(20):
-            while len(records) < count:
-                for batch in (await consumer.getmany(timeout_ms=200)).values():
-                    records += batch
-        return records
-    finally:
-        await consumer.stop()
 
 
 # --- the demo's portfolios
@@ -131,73 +112,6 @@ def test_fewer_symbols_than_positions_are_all_held() -> None:
     assert demo_symbols("demo-0001", ["B", "A"], 1) == demo_symbols("demo-0001", ["A", "B"], 1)
 
 
-# --- producing
-
-
-@pytest.mark.parametrize(
-    ("value", "key"),
-    [
-        (b'{"portfolio_id":"p-1","type":"fill","x":[1]}', b"p-1"),
-        ('{"portfolio_id":"é"}'.encode(), "é".encode()),
-        (b'{"portfolio_id":5}', None),
-        (b'{"portfolio_id":""}', None),
-        (b"{}", None),
-        (b"[]", None),
-        (b"nonsense", None),
-        (b"", None),
-        (b'{"portfolio_id":"\xff"}', None),
-        (b'{"portfolio_id":"\\ud800"}', None),
-        (b'{"a":' * 5_000, None),
-    ],
-)
-def test_the_key_is_the_portfolio_id_where_one_can_be_read(value: bytes, key: bytes | None) -> None:
-    assert event_key(value) == key
-
-
-async def test_events_are_acknowledged_in_order_with_their_keys(kafka_bootstrap: str, topic: str) -> None:
-    settings = Settings(kafka_bootstrap=kafka_bootstrap, topic=topic)
-    events, told = demo(count=30), []
-    assert await produce_events(settings, events, told.append) == len(events)
-    assert told == list(range(1, len(events) + 1))
-    records = await read_topic(kafka_bootstrap, topic, len(events))
-    read = defaultdict(list)
-    partitions = defaultdict(set)
-    for record in records:
-        event = decode_event(record.value)
-        assert record.key == event.portfolio_id.encode()
-        read[event.portfolio_id].append(event)
-        partitions[event.portfolio_id].add(record.partition)
-    assert all(len(where) == 1 for where in partitions.values())
-    assert [event for index in range(30) for event in read[demo_portfolio_id(index)]] == events
-
-
-async def test_lines_that_are_no_events_are_sent_as_they_are(kafka_bootstrap: str, topic: str) -> None:
-    settings = Settings(kafka_bootstrap=kafka_bootstrap, topic=topic)
-    line = encode_event(demo(count=1)[0])
-    lines = [line + b"\n", b"\n", b"nonsense\r\n", b'{"type":"fill"}', b"", b"   "]
-    assert await produce_events(settings, lines) == 3
-    records = await read_topic(kafka_bootstrap, topic, 3)
-    assert {(record.key, record.value) for record in records} == {
-        (b"demo-0001", line),
-        (None, b"nonsense"),
-        (None, b'{"type":"fill"}'),
-    }
-
-
-async def test_a_line_too_long_for_kafka_is_not_acknowledged_and_stops_nothing(
-    kafka_bootstrap: str, topic: str
-) -> None:
-    settings = Settings(kafka_bootstrap=kafka_bootstrap, topic=topic)
-    assert await produce_events(settings, [b"a", b"b" * 2_000_000, b"c"]) == 2
-
-
-async def test_producing_more_than_fits_in_flight_is_quick(kafka_bootstrap: str, topic: str) -> None:
-    settings = Settings(kafka_bootstrap=kafka_bootstrap, topic=topic)
-    started_s = time.monotonic()
-    assert await produce_events(settings, (b'{"portfolio_id":"p-%d"}' % n for n in range(10_000))) == 10_000
-    assert time.monotonic() - started_s < 15
-
-
 # --- trading
 
 
@@ -231,6 +145,34 @@ async def test_traders_trade_what_the_portfolios_hold_at_current_prices(
         assert fill.symbol in demo_symbols(fill.portfolio_id, PRICES_AT_START, 7)
         assert Decimal(fill.price) == PRICES_AT_START[fill.symbol]
         assert abs(fill.executed_at.timestamp() - time.time()) < 60
+
+
+async def test_a_fill_is_executed_at_the_instant_of_its_price(kafka_bootstrap: str, topic: str, redis_db: str) -> None:
+    """So a price of before a split is never one for shares of after it, however late it is booked."""
+    settings = Settings(kafka_bootstrap=kafka_bootstrap, topic=topic, redis_url=redis_db)
+    close = datetime(2020, 8, 28, 20, tzinfo=UTC)
+    async with Redis.from_url(redis_db) as redis:
+        await redis.hset(PRICES, "AAPL", quote_encoder.encode(Quote("AAPL", "499.23", to_ns(close), "t")))
+    stop = asyncio.Event()
+    async with asyncio.timeout(30):
+        total = await run_traders(
+            settings, WallClock(), stop, 2, 7, ["AAPL"], 300, lambda n: stop.set() if n >= 20 else None
+        )
+    fills = [decode_event(record.value) for record in await read_topic(kafka_bootstrap, topic, total)]
+    prices = {(fill.price, fill.executed_at) for fill in fills if isinstance(fill, FillEvent)}
+    assert prices == {("499.23", close)}
+
+
+async def test_trading_ends_with_the_recorded_market(kafka_bootstrap: str, topic: str, redis_db: str) -> None:
+    settings = Settings(kafka_bootstrap=kafka_bootstrap, topic=topic, redis_url=redis_db)
+    async with Redis.from_url(redis_db) as redis:
+        await redis.hset(PRICES, "AAPL", quote_encoder.encode(Quote("AAPL", "10", 18_565 * DAY_NS, "t")))
+    # Two seconds of wall time are left of the only session.
+    clock = MarketClock(MarketClockPlan(time.time_ns() + 2_000_000_000 - 4_000_000_000, 250, [18_565]))
+    async with asyncio.timeout(30):
+        total = await run_traders(settings, clock, asyncio.Event(), 2, 7, ["AAPL"], 200)
+        assert total > 10
+        assert await run_traders(settings, clock, asyncio.Event(), 2, 7, ["AAPL"], 200) == 0
 
 
 async def test_without_prices_nobody_trades_and_stop_still_stops(
