@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 import structlog
@@ -23,10 +26,12 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from engine.ledger import LedgerKind
 from engine.runtime.clock import Clock, make_clock
 from engine.runtime.connections import AWAY
 from engine.runtime.settings import ReadyFile, Settings, read_ready_file
 from engine.runtime.telemetry import start_telemetry
+from engine.stores.ledger_export import ExportFormat
 
 app = typer.Typer(
     help="Real-time portfolio intelligence: NAV, P&L and allocation, live over GraphQL.",
@@ -36,11 +41,14 @@ app = typer.Typer(
 )
 assets_app = typer.Typer(help="The asset catalogue.", no_args_is_help=True)
 app.add_typer(assets_app, name="assets")
+ledger_app = typer.Typer(help="The ledger as a file, and as evidence.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
 console = Console()
 errors = Console(stderr=True)
 
 READY_FILE = typer.Option("--ready-file", help="The ready file of a running system, in place of settings.")
 Ready = Annotated[Path | None, READY_FILE]
+Outcome = TypeVar("Outcome")
 Worker = Callable[[Settings, Clock, asyncio.Event], Coroutine[Any, Any, object]]
 
 
@@ -127,7 +135,8 @@ def demo(
     replay: Annotated[
         str,
         typer.Option(
-            help="FILE[@SPEED]: recorded daily bars, SPEED market days a second, in place of invented prices."
+            help="FILE[@SPEED]: recorded daily bars with their splits and dividends (paid 14 days after their "
+            "ex-date), SPEED market days a second, in place of invented prices."
         ),
     ] = "",
     portfolios: Annotated[int, typer.Option(min=1, max=20_000, help="How many portfolios of 15 positions.")] = 500,
@@ -169,8 +178,6 @@ def print_demo(ready: ReadyFile, settings: Settings) -> None:
     console.print("Three operations to paste:")
     # Written plainly: what is to be pasted must not be cut at the terminal's width.
     sys.stdout.write("\n" + "\n\n".join(DEMO_OPERATIONS) + "\n\n")
-    if ready.market_clock:
-        console.print("Splits and dividends of the recorded year are not applied yet: prices of those days jump.")
     console.print("Ctrl-C ends everything.")
 
 
@@ -213,9 +220,20 @@ def replay(
 ) -> None:
     """Replay recorded bars into a running system that was started with the same recording's clock.
 
+    All splits and dividends of the bars are announced first. Bars have no pay dates: a dividend is paid 14 days after
+    its ex-date.
+
     Example: `navstream replay bars.csv.gz@2 --ready-file ready.json`
     """
-    quotes(f"replay:{recording}", ready_file)
+    from workers.replay import run_replay
+
+    async def run(settings: Settings, clock: Clock, stop: asyncio.Event) -> None:
+        await run_replay(settings, recording, clock, stop)
+
+    try:
+        run_worker("quotes", settings_of(ready_file, "redis_url", "kafka_bootstrap"), run)
+    except ValueError as error:
+        fail(str(error))
 
 
 @app.command()
@@ -232,6 +250,17 @@ def snapshots(ready_file: Ready = None) -> None:
     from workers.snapshots import run_snapshots
 
     run_worker("snapshots", settings_of(ready_file, "redis_url", "postgres_url"), run_snapshots)
+
+
+@app.command()
+def reconciler(ready_file: Ready = None) -> None:
+    """Check all portfolios in rotation, and have shards published anew where hot state is not what the ledger says.
+
+    Example: `navstream reconciler --ready-file ready.json`
+    """
+    from workers.reconciler import run_reconciler
+
+    run_worker("reconciler", settings_of(ready_file, "redis_url", "postgres_url"), run_reconciler)
 
 
 @app.command(hidden=True)
@@ -286,20 +315,46 @@ def events(
 
     Example: `navstream events fills.jsonl --ready-file ready.json`
     """
-    from workers.traders import produce_events
+    from workers.producing import produce_events
 
-    settings = settings_of(ready_file, "kafka_bootstrap")
+    produce_file(file, "events", partial(produce_events, settings_of(ready_file, "kafka_bootstrap")))
+
+
+@app.command()
+def actions(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="One JSON split or dividend a line.")],
+    ready_file: Ready = None,
+) -> None:
+    """Produce corporate actions and report how many were acknowledged; exit 1 when not all were.
+
+    Each takes effect for every holder at its instant; one that comes later than that does so on arrival, flagged late.
+
+    Example: `navstream actions splits.jsonl --ready-file ready.json`
+    """
+    from workers.producing import produce_actions
+
+    produce_file(file, "actions", partial(produce_actions, settings_of(ready_file, "kafka_bootstrap")))
+
+
+@contextmanager
+def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, beside standard output, that is told how much is done and of how much."""
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors) as shown:
+        task = shown.add_task(unit, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def produce_file(file: Path, name: str, produce: Callable[..., Coroutine[Any, Any, int]]) -> NoReturn:
+    """Produce the lines of a file, with progress; ends the program."""
     with file.open("rb") as lines:
         total = sum(1 for line in lines if line.strip())
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors) as progress, file.open("rb") as lines:
-        task = progress.add_task("acknowledged", total=total)
-        produce = produce_events(settings, lines, lambda count: progress.update(task, completed=count))
+    with counting("acknowledged") as progress, file.open("rb") as lines:
         try:
-            acknowledged = asyncio.run(produce)
+            acknowledged = asyncio.run(produce(lines, lambda count: progress(count, total)))
         except AWAY as error:
             fail(f"could not produce: {type(error).__name__}: {error}", 3)
-    console.print(f"{acknowledged} of {total} events acknowledged", highlight=False)
+    console.print(f"{acknowledged} of {total} {name} acknowledged", highlight=False)
     raise typer.Exit(0 if acknowledged == total else 1)
 
 
@@ -358,6 +413,78 @@ def assets_load(
     except AWAY as error:
         fail(f"could not load: {type(error).__name__}: {error}", 3)
     console.print(f"{count} assets loaded", highlight=False)
+
+
+def run_ledger(portfolio: str | None, work: Coroutine[Any, Any, Outcome]) -> Outcome:
+    """Run a command on the ledger to its end, or end the program with one line that says why not."""
+    from workers.ledger_commands import OutputError
+
+    try:
+        return asyncio.run(work)
+    except KeyError:
+        fail(f"there is no portfolio {portfolio}")
+    except OutputError as error:
+        fail(str(error))
+    except AWAY as error:
+        fail(f"could not read the ledger: {type(error).__name__}: {error}", 3)
+
+
+@ledger_app.command("export")
+def ledger_export(
+    portfolio: Annotated[str, typer.Argument(help="The portfolio's id.")],
+    output: Annotated[Path, typer.Option(help="The file to write; - for standard output.")],
+    file_format: Annotated[ExportFormat, typer.Option("--format", help="csv or parquet.")] = ExportFormat.CSV,
+    begin: Annotated[str, typer.Option("--from", help="Only entries effective at or after this instant.")] = "",
+    end: Annotated[str, typer.Option("--to", help="Only entries effective before this instant.")] = "",
+    kind: Annotated[list[LedgerKind] | None, typer.Option(help="Only entries of this kind; may be repeated.")] = None,
+    symbol: Annotated[str | None, typer.Option(help="Only entries of this symbol.")] = None,
+    ready_file: Ready = None,
+) -> None:
+    """Write a portfolio's ledger to a file, oldest entry first; exit 3 when the server is away.
+
+    Example: `navstream ledger export demo-0001 --output ledger.parquet --format parquet --from 2026-01-01T00:00:00Z`
+    """
+    from engine.stores.ledger_export import ExportPlan
+    from engine.stores.ledger_selection import LedgerSelection, check_selection
+    from resolvers.scalars import read_instant
+    from workers.ledger_commands import export_file
+
+    settings = settings_of(ready_file, "postgres_url")
+    try:
+        instants = [read_instant(text) if text else None for text in (begin, end)]
+        selection = LedgerSelection(kind or None, symbol, effective_from=instants[0], effective_to=instants[1])
+        check_selection(selection)
+    except ValueError as error:
+        fail(str(error))
+    with counting("entries") as progress:
+        plan = ExportPlan(portfolio, selection, file_format)
+        count = run_ledger(portfolio, export_file(settings, plan, output, progress))
+    errors.print(f"{count} entries", highlight=False)
+
+
+@ledger_app.command("verify")
+def ledger_verify(
+    portfolio: Annotated[str | None, typer.Option(help="Only this one.")] = None, ready_file: Ready = None
+) -> None:
+    """Recompute the hash chain of every portfolio's ledger, name each entry that was changed behind the program's back;
+    exit 1 when there is one, 3 when the server is away.
+
+    Example: `navstream ledger verify --ready-file ready.json`
+    """
+    from engine.stores.ledger_chain import Fault
+    from workers.ledger_commands import verify_chains
+
+    def print_fault(fault: Fault) -> None:
+        text = f"{fault.portfolio_id} entry {fault.sequence}: {fault.kind}: {fault.detail}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    settings, start_s = settings_of(ready_file, "postgres_url"), time.monotonic()
+    with counting("portfolios") as progress:
+        report = run_ledger(portfolio, verify_chains(settings, portfolio, print_fault, progress))
+    rate = report.entries_count / max(time.monotonic() - start_s, 1e-3)
+    figures = f"{report.portfolios_count} portfolios, {report.entries_count} ledger entries ({rate:,.0f} a second), "
+    console.print(f"{figures}{report.faults_count} faults", highlight=False)
+    raise typer.Exit(1 if report.faults_count else 0)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from api.auth import Authenticator
+from api.exports import Exports
 from api.graphiql import STATIC_DIRECTORY, STATIC_PATH, make_page
 from api.graphql import Gateway
 from api.health import make_health_router
@@ -33,10 +34,15 @@ from api.middleware import BodyLimit, RequestIds
 from engine.runtime.clock import Clock
 from engine.runtime.connections import connect_postgres, connect_redis, make_producer, wait_until
 from engine.runtime.settings import Settings
+from engine.sessions import Markets
+from engine.stores.as_of_reads import AsOfReads
 from engine.stores.events_kafka import EventProducer
 from engine.stores.hot_state_reads import HotStateReads
 from engine.stores.ledger_reads import LedgerReads
+from engine.stores.price_closes import PriceCloses
+from engine.stores.reconciliation_reads import ReconciliationReads
 from engine.stores.snapshots_reads import SnapshotsReads
+from resolvers.as_of import PastReads
 from resolvers.context import Services
 from resolvers.errors import AWAY
 from resolvers.loaders import CATALOGUE_REFRESH_INTERVAL_S, AssetCatalogue, PortfolioDirectory
@@ -139,16 +145,26 @@ def make_application(settings: Settings, clock: Clock) -> Application:
     redis = connect_redis(settings, "api")
     hot_state = HotStateReads(redis, settings.redis_timeout_s)
     ledger = LedgerReads(database.pool)
+    assets = AssetCatalogue(database.pool, Markets(settings.calendars))
     services = Services(
         settings=settings,
         clock=clock,
         hot_state=hot_state,
         ledger=ledger,
         snapshots=SnapshotsReads(database.pool),
-        assets=AssetCatalogue(database.pool),
+        assets=assets,
         portfolios=PortfolioDirectory(ledger),
         events=EventProducer(settings.topic, settings.acknowledge_timeout_s),
         hub=hub,
+        reconciliations=ReconciliationReads(database.pool),
+        past=PastReads(
+            AsOfReads(database.pool),
+            PriceCloses(database.pool),
+            hot_state,
+            assets,
+            clock,
+            settings.stale_after_s,
+        ),
     )
     feed = LiveFeed(lambda: connect_redis(settings, "api-feed"), hot_state, hub, metrics, settings.feed_silence_max_ms)
     gateway = Gateway(settings, services, Authenticator(settings), metrics, make_page())
@@ -174,6 +190,9 @@ def create_app(settings: Settings, clock: Clock) -> FastAPI:
     app = FastAPI(title="navstream", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.application = application
     app.include_router(application.gateway)
+    gateway, database = application.gateway, application.database
+    exports = Exports(settings, application.services, gateway.authenticator, database.pool, application.metrics)
+    app.include_router(exports.make_router())
     checks = {
         "redis": application.check_redis,
         "postgres": application.database.check,

@@ -9,6 +9,7 @@ from strawberry.fastapi import BaseContext
 from api.auth import Subject
 from resolvers.context import Context, Services
 from resolvers.loaders import HotLoader
+from resolvers.lots import LotsLoader
 
 
 class Connection(BaseContext):
@@ -25,7 +26,8 @@ class Connection(BaseContext):
         settings = services.settings
         return Context(
             services=services,
-            hot=HotLoader(services.hot_state, services.clock, settings.stale_after_s),
+            hot=HotLoader(services.hot_state, services.clock, settings.stale_after_s, services.assets),
+            lots=LotsLoader(services.ledger),
             access=self.subject,
             request_id=self.request_id,
             streaming=isinstance(self.request, WebSocket),

@@ -47,7 +47,24 @@ POINTS_PER_OBJECT = 10
 _DEFAULT_LENGTHS = {"portfolios": PORTFOLIOS_DEFAULT}
 # A position shown with all its fields takes about 30 µs of the loop; these are what 200 positions and a month of
 # hourly snapshots take to read, in such objects.
-_READS = {"positions": 10, "sectorAllocation": 75, "equityCurve": 150, "performance": 150}
+_READS = {
+    "positions": 10,
+    "sectorAllocation": 75,
+    "qualityShares": 75,
+    "pricesAsOf": 75,
+    "equityCurve": 150,
+    "performance": 150,
+    "explain": 300,
+    "contribution": 300,
+    "realizedPnl": 75,
+    "realizedToday": 75,
+    "closedPositions": 10,
+    "lots": 10,
+}
+# Of a portfolio it is read; a position or a valuation only shows a figure by this name.
+_READ_AS_OBJECT = frozenset({"realizedPnl"})
+# A past state is summed from the ledger, and valued whole.
+_AS_OF_READS = 150
 
 
 def make_rules(settings: Settings) -> tuple[type[ASTValidationRule], ...]:
@@ -116,7 +133,11 @@ def objects_of(
         contents = inside(selection.selection_set)
         if length or (selection.alias is not None and selection.selection_set is not None):
             contents = max(1, length) * max(1, contents)
-        return contents + _READS.get(selection.name.value, 0)
+        if any(argument.name.value == "asOf" for argument in selection.arguments or ()):
+            contents += _AS_OF_READS
+        name = selection.name.value
+        shown_only = name in _READ_AS_OBJECT and selection.selection_set is None
+        return contents if shown_only else contents + _READS.get(name, 0)
 
     return sum(size for measured, size in _measure(document, measure, _add) if measured is operation)
 

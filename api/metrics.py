@@ -25,6 +25,9 @@ class Metrics:
         )
         self.sockets = Gauge("navstream_api_sockets", "Open WebSockets", registry=registry)
         self.closes = Counter("navstream_api_closes_total", "WebSockets closed by us", ["name"], registry=registry)
+        self.exports = Counter(
+            "navstream_api_exports_total", "Exports of ledgers that ended", ["format", "outcome"], registry=registry
+        )
         self.watches = Gauge("navstream_api_watches", "Listeners of streams", registry=registry)
         self.frames = Counter("navstream_api_frames_total", "Frames received", ["channel"], registry=registry)
         self.frames_dropped = Counter(

@@ -21,9 +21,12 @@ from engine.runtime.settings import Settings
 from engine.stores.events_kafka import EventProducer
 from engine.stores.hot_state_reads import HotStateReads
 from engine.stores.ledger_reads import LedgerReads, PortfolioIdentity
+from engine.stores.reconciliation_reads import ReconciliationReads
 from engine.stores.snapshots_reads import SnapshotsReads
+from resolvers.as_of import PastLoader, PastReads
 from resolvers.errors import ErrorCode, PublicError, not_found
 from resolvers.loaders import AssetCatalogue, HotLoader, PortfolioDirectory
+from resolvers.lots import LotsLoader
 
 SCOPE_PORTFOLIO_READ = "portfolio:read"
 SCOPE_LEDGER_READ = "ledger:read"
@@ -94,14 +97,20 @@ class Services:
     portfolios: PortfolioDirectory
     events: EventProducer
     hub: Hub
+    past: PastReads
+    reconciliations: ReconciliationReads
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One operation's context. `access` is None for a caller without a token, who gets introspection only."""
+    """One operation's context. `access` is None for a caller without a token, who gets introspection only.
+
+    `hot` is the present state, or under `asOf` one portfolio's past.
+    """
 
     services: Services
-    hot: HotLoader
+    hot: HotLoader | PastLoader
+    lots: LotsLoader
     access: Access | None
     request_id: str
     streaming: bool  # whether answers may follow each other, which takes a WebSocket

@@ -9,12 +9,14 @@ from engine.equity_curve import EquityCurveRange, Resolution
 from engine.ledger import LedgerKind, Side
 from engine.marks import MarkQuality
 from engine.performance import Statistic, StatisticReason
+from engine.reconciliation import ReconciliationStatus
 
 __all__ = [
     "AssetClass",
     "EquityCurveRange",
     "LedgerKind",
     "MarkQuality",
+    "ReconciliationStatus",
     "Resolution",
     "Side",
     "Statistic",
@@ -30,13 +32,30 @@ strawberry.enum(
     ),
 )
 strawberry.enum(Resolution, name="EquityCurveResolution", description="How far apart the snapshots of a curve lie.")
-strawberry.enum(LedgerKind, description="What an entry books: the opening, a fill, or a cash movement by its kind.")
+strawberry.enum(
+    LedgerKind,
+    description=(
+        "What an entry books. OPEN: the opening. FILL: an execution. DEPOSIT, WITHDRAWAL, REWARD: external flows, "
+        "never P&L. FEE, INTEREST, DIVIDEND: cash movements that are P&L. SPLIT: a position in new shares. "
+        "DIVIDEND_ACCRUED: a dividend owed from its ex-date on. DIVIDEND_PAID: one that was paid."
+    ),
+)
+strawberry.enum(
+    ReconciliationStatus,
+    description=(
+        "What the last check of a portfolio found. AGREED: every figure shown is what the ledger says. REPAIRED: it is "
+        "again, after it was not and all was published anew. DRIFTED: it is not. BROKEN_LEDGER: the entries of the "
+        "ledger do not follow from each other, or the record made of them is not theirs. NEVER_CHECKED: no check yet."
+    ),
+)
 strawberry.enum(Side, description="The side of a fill.")
 strawberry.enum(
     MarkQuality,
     description=(
-        "How good a price is. LIVE: fresh. STALE: the last good price, older than the limit for staleness. "
-        "MISSING: there never was a price, the position is carried at cost. A sum carries the worst of its parts."
+        "How good a price is, best first; a sum carries the worst of its parts. LIVE: fresh. CLOSED: of the last "
+        "session of its market, which is closed now. DELAYED: its source publishes late on purpose. STALE: older than "
+        "the limit while its market is open, or of a session before the last. HALTED: trading is suspended, the price "
+        "is the last good one. MISSING: there never was a price, the position is carried at cost."
     ),
 )
 strawberry.enum(Statistic, description="A field of Performance that may be undefined, by its name.")
@@ -48,6 +67,7 @@ strawberry.enum(
         "a best or worst day and the rate). NO_VARIATION: all days are alike. NO_LOSING_DAY: no day lost. "
         "NO_DRAWDOWN: the index never fell. NOT_RECOVERED: it is still below its peak. NO_SIGN_CHANGE: no rate "
         "solves the equation of xirr. NO_TRADES, NO_GAINS, NO_LOSSES: no fill of the range realised anything, a "
-        "gain, a loss. OUT_OF_RANGE: beyond 10^15."
+        "gain, a loss. OUT_OF_RANGE: beyond 10^15. PRICES_NOT_RECORDED: the prices recorded for an end of the range do "
+        "not give the NAV that it has."
     ),
 )

@@ -24,6 +24,14 @@ class ErrorCode(StrEnum):
     BAD_CURSOR = "BAD_CURSOR"  # `after` is not a cursor of this field
     BAD_RATE = "BAD_RATE"  # `maxRateHz` is out of range
     BAD_POINTS = "BAD_POINTS"  # `maxPoints` is out of range
+    BAD_FILTER = "BAD_FILTER"  # a filter of the ledger that contradicts itself, or has what can not be read
+    LOTS_TOO_LONG = "LOTS_TOO_LONG"  # a position has more entries than its lots are made from
+    TOO_MANY_EXPORTS = "TOO_MANY_EXPORTS"  # worth another try
+    METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
+    BAD_SPAN = "BAD_SPAN"  # `from` is not before `to`
+    AS_OF_BEFORE_OPENING = "AS_OF_BEFORE_OPENING"  # the instant is before the portfolio's openedAt
+    AS_OF_IN_FUTURE = "AS_OF_IN_FUTURE"
+    AS_OF_UNSUPPORTED = "AS_OF_UNSUPPORTED"  # the field has no past state of its own
     TOO_MANY_SYMBOLS = "TOO_MANY_SYMBOLS"
     BAD_IDENTIFIER = "BAD_IDENTIFIER"
     UNAVAILABLE = "UNAVAILABLE"  # Redis, PostgreSQL or Kafka is away or too slow; worth another try

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, cast
 
 from strawberry.dataloader import DataLoader
@@ -22,6 +22,7 @@ from engine.messages import Quote
 from engine.positions import HotPosition, PositionValuation, value_position
 from engine.runtime.clock import SECOND_NS, Clock
 from engine.sectors import SectorValue
+from engine.sessions import Markets, Sessions
 from engine.stores.assets_postgres import get_assets, list_assets
 from engine.stores.hot_state_reads import HotStateReads, Place
 from engine.stores.ledger_reads import LedgerReads, PoolSource, PortfolioIdentity
@@ -43,7 +44,13 @@ class ValuedPositions:
     """The positions of a portfolio at one set of quotes, beside the mark they belong to. Each is valued when asked."""
 
     def __init__(
-        self, mark: Mark, held: dict[str, HotPosition], quotes: Mapping[str, Quote], now_ns: int, stale_after_ns: int
+        self,
+        mark: Mark,
+        held: dict[str, HotPosition],
+        quotes: Mapping[str, Quote],
+        now_ns: int,
+        stale_after_ns: int,
+        sessions: Callable[[str], Sessions | None],
     ) -> None:
         self.mark = mark
         self.symbols = sorted(held)
@@ -51,18 +58,20 @@ class ValuedPositions:
         self._quotes = quotes
         self._now_ns = now_ns
         self._stale_after_ns = stale_after_ns
+        self._sessions = sessions
 
     def value(self, symbol: str) -> PositionValuation:
         """Raises KeyError for a symbol that is not held."""
-        held, quote = self._held[symbol], self._quotes.get(symbol)
-        return value_position(symbol, held, quote, self.mark.nav, self._now_ns, self._stale_after_ns)
+        held, quote, sessions = self._held[symbol], self._quotes.get(symbol), self._sessions(symbol)
+        return value_position(symbol, held, quote, self.mark.nav, self._now_ns, self._stale_after_ns, sessions)
 
 
 class HotLoader:
-    def __init__(self, hot_state: HotStateReads, clock: Clock, stale_after_s: int) -> None:
+    def __init__(self, hot_state: HotStateReads, clock: Clock, stale_after_s: int, assets: AssetCatalogue) -> None:
         self._hot_state = hot_state
         self._clock = clock
         self._stale_after_ns = stale_after_s * SECOND_NS
+        self._assets = assets
         self._loader: DataLoader[tuple[_Part, Place], object] = DataLoader(self._load)
         self._quotes: DataLoader[tuple[str, ...], Mapping[str, Quote]] = DataLoader(self._load_quotes)
         self._valued: dict[Place, asyncio.Task[ValuedPositions | None]] = {}
@@ -86,7 +95,9 @@ class HotLoader:
             return None
         mark, held = cast(Mark, mark), cast(dict[str, HotPosition], positions)
         quotes = await self._quotes.load(tuple(held))
-        return ValuedPositions(mark, held, quotes, self._clock.now_ns(), self._stale_after_ns)
+        await self._assets.ensure(held)
+        now_ns = self._clock.now_ns()
+        return ValuedPositions(mark, held, quotes, now_ns, self._stale_after_ns, self._assets.sessions)
 
     async def _load_quotes(self, wanted: list[tuple[str, ...]]) -> Sequence[Mapping[str, Quote]]:
         """One read for all portfolios: most hold the same symbols, and each read takes a connection."""
@@ -116,8 +127,9 @@ class AssetCatalogue:
     At most CATALOGUE_COUNT_MAX are remembered. A symbol that nobody knows is UNCLASSIFIED, as the ledger books it.
     """
 
-    def __init__(self, pool: PoolSource) -> None:
+    def __init__(self, pool: PoolSource, markets: Markets) -> None:
         self._pool = pool
+        self._markets = markets
         self._assets: dict[str, Asset] = load_catalogue()
         self._unknown: set[str] = set()
         self._lookup_at_s = 0.0
@@ -125,6 +137,10 @@ class AssetCatalogue:
     def get(self, symbol: str) -> Asset:
         """The asset as it is known at present, without a read."""
         return self._assets.get(symbol) or unclassified(symbol)
+
+    def sessions(self, symbol: str) -> Sessions | None:
+        """Those that the asset's class trades in, as far as it is known at present; None: always open."""
+        return self._markets.sessions(self.get(symbol).asset_class)
 
     async def ensure(self, symbols: Iterable[str]) -> None:
         """Look up those of `symbols` that are not known yet, unless a look-up was just made."""

@@ -5,6 +5,9 @@ two, and what it refuses becomes a dead letter. Rules that need no state are che
 answered with the code of engine.messages.EventRejected. The client may give the `eventId`: sending the same one
 again changes nothing, which makes a retry after UNAVAILABLE safe.
 
+A reversal names an event that the ledger has, so what it names is looked up first; one that was recorded a moment ago
+is waited for. What can not be reversed is refused at once, with the codes that booking would have for it.
+
 The ledger takes an event id once, whoever's it is. So that nobody can use up an id of somebody else's, the event
 gets `<portfolioId>/<eventId>`; `/` is not taken in the client's part, so that the full id names one portfolio. An id
 that is made up is a UUID without a `/`, which no client can give.
@@ -12,6 +15,8 @@ that is made up is a UUID without a `/`, which no client can give.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -20,6 +25,7 @@ import strawberry
 import uuid_utils
 
 from engine.amounts import plain
+from engine.ledger import CORPORATE, LedgerKind
 from engine.messages import (
     IDENTIFIER_LENGTH_MAX,
     CashEvent,
@@ -27,15 +33,18 @@ from engine.messages import (
     FillEvent,
     OpenEvent,
     PortfolioEvent,
+    ReversalEvent,
     check_event,
 )
 from engine.runtime.clock import to_datetime
 from engine.stores.events_kafka import ProducerAwayError
-from engine.stores.ledger_reads import PortfolioIdentity
+from engine.stores.ledger_reads import PortfolioIdentity, ShownEntry
 from resolvers.context import SCOPE_LEDGER_WRITE, Context, Info
 from resolvers.enums import Side
 from resolvers.errors import ErrorCode, PublicError, not_found
+from resolvers.loaders import BOOKING_POLL_INTERVAL_MS, BOOKING_WAIT_S
 
+DAY_CUT_DEFAULT = "00:00 UTC"
 EVENT_ID = (
     "Idempotency key, within the portfolio; made up when left out. The event's id is <portfolioId>/<eventId>: letters, "
     "digits and ._:=^@- of at most 64 characters together."
@@ -86,6 +95,13 @@ class OpenPortfolioInput:
         default=None, description="Whose it is; only admin may name somebody else. The caller's when left out."
     )
     opened_at: datetime | None = strawberry.field(default=None, description="When; now when left out.")
+    day_cut: str = strawberry.field(
+        default=DAY_CUT_DEFAULT,
+        description=(
+            "When its days end: `HH:MM <IANA zone>` by the zone's clocks, or `close:<exchange>` at an exchange's "
+            "session closes, for example close:XNYS. Else BAD_DAY_CUT."
+        ),
+    )
     event_id: strawberry.ID | None = strawberry.field(default=None, description=EVENT_ID)
 
 
@@ -119,6 +135,20 @@ class RecordCashMovementInput:
     event_id: strawberry.ID | None = strawberry.field(default=None, description=EVENT_ID)
 
 
+@strawberry.input(
+    description=(
+        "Takes back a fill or a cash movement that should not have been: the ledger keeps both, every effect of the "
+        "reversal is that of the event negated. A fill's quantity is taken back in today's shares."
+    )
+)
+class RecordReversalInput:
+    portfolio_id: str = strawberry.field(description="The portfolio.")
+    reverses: strawberry.ID = strawberry.field(description="The eventId of the ledger entry that is to be taken back.")
+    effective_at: datetime | None = strawberry.field(default=None, description="When; now when left out.")
+    reference: str | None = strawberry.field(default=None, description="Why; at most 200 characters.")
+    event_id: strawberry.ID | None = strawberry.field(default=None, description=EVENT_ID)
+
+
 async def open_portfolio(info: Info, input: OpenPortfolioInput) -> EventReceipt:
     context = info.context
     access = context.require(SCOPE_LEDGER_WRITE)
@@ -136,8 +166,10 @@ async def open_portfolio(info: Info, input: OpenPortfolioInput) -> EventReceipt:
         name=input.name,
         base_currency=input.base_currency,
         opened_at=_instant(context, input.opened_at),
+        day_cut=input.day_cut,
     )
-    _check(event)
+    # The first use of an exchange reads its calendar, for longer than the loop may wait.
+    await asyncio.to_thread(_check, event)
     portfolios = context.services.portfolios
     # A retry under the same event id changes nothing, so it is let through even once the portfolio is booked.
     if input.event_id is None and await portfolios.find(event.portfolio_id) is not None:
@@ -181,6 +213,43 @@ async def record_cash_movement(info: Info, input: RecordCashMovementInput) -> Ev
     )
     _check_currency(event.currency, portfolio)
     return await _produce(context, event)
+
+
+async def record_reversal(info: Info, input: RecordReversalInput) -> EventReceipt:
+    context = info.context
+    portfolio = await _writable(context, input.portfolio_id)
+    event = ReversalEvent(
+        event_id=_event_id(portfolio.portfolio_id, input.event_id),
+        portfolio_id=portfolio.portfolio_id,
+        reverses=input.reverses,
+        effective_at=_instant(context, input.effective_at),
+        reference=input.reference,
+    )
+    _check(event)
+    _check_reversible(event, await _booked(context, event))
+    return await _produce(context, event)
+
+
+async def _booked(context: Context, event: ReversalEvent) -> ShownEntry | None:
+    """The entry that a reversal names, waited for as long as a portfolio that is about to be booked."""
+    patience_ends_s = time.monotonic() + BOOKING_WAIT_S
+    while True:
+        found = await context.services.ledger.event(event.reverses)
+        if found is not None or time.monotonic() >= patience_ends_s:
+            return found
+        await asyncio.sleep(BOOKING_POLL_INTERVAL_MS / 1_000)
+
+
+def _check_reversible(event: ReversalEvent, found: ShownEntry | None) -> None:
+    """Raises PublicError UNKNOWN_EVENT, ALREADY_REVERSED, NOT_REVERSIBLE."""
+    if found is None or found.entry.portfolio_id != event.portfolio_id:
+        raise PublicError("UNKNOWN_EVENT", "there is no such event in this portfolio's ledger")
+    # A retry under the same event id changes nothing.
+    if found.reversed_by not in (None, event.event_id):
+        raise PublicError("ALREADY_REVERSED", f"it is reversed by {found.reversed_by} already")
+    kind = found.entry.kind
+    if kind in CORPORATE or kind is LedgerKind.OPEN or found.entry.reverses is not None:
+        raise PublicError("NOT_REVERSIBLE", "only fills and cash movements are reversed, and no reversals")
 
 
 async def _writable(context: Context, portfolio_id: str) -> PortfolioIdentity:

@@ -16,12 +16,12 @@ from resolvers.context import Info
 from resolvers.errors import not_found
 from resolvers.execution import RecordExecutor
 from resolvers.ledger import ledger_events
-from resolvers.mutations import open_portfolio, record_cash_movement, record_fill
+from resolvers.mutations import open_portfolio, record_cash_movement, record_fill, record_reversal
 from resolvers.nav import nav_updates
 from resolvers.nodes import Node, read_id
 from resolvers.pages import Connection
 from resolvers.pnl import pnl_updates
-from resolvers.portfolio import Portfolio, Viewer, resolve_portfolio, resolve_viewer
+from resolvers.portfolio import Portfolio, Viewer, resolve_portfolio, resolve_portfolio_key, resolve_viewer
 from resolvers.positions import position_updates
 from resolvers.quotes import quote_updates
 from resolvers.scalars import SCALARS
@@ -32,7 +32,7 @@ Extension = Callable[[], SchemaExtension]
 async def resolve_node(info: Info, id: strawberry.ID) -> Node | None:
     named = read_id(id)
     if named is not None and named[0] == "Portfolio":
-        return await resolve_portfolio(info, named[1])
+        return await resolve_portfolio_key(info, named[1])
     if named is not None and named[0] == "Asset":
         return await resolve_asset(info, named[1])
     raise not_found("node")
@@ -60,6 +60,10 @@ class Mutation:
     record_fill = strawberry.mutation(resolver=record_fill, description="Record an execution.")
     record_cash_movement = strawberry.mutation(
         resolver=record_cash_movement, description="Record a movement of cash, a fee, interest or a dividend."
+    )
+    record_reversal = strawberry.mutation(
+        resolver=record_reversal,
+        description="Take back a fill or a cash movement. Refused: UNKNOWN_EVENT, ALREADY_REVERSED, NOT_REVERSIBLE.",
     )
 
 

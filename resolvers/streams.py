@@ -104,8 +104,12 @@ async def mark_updates(
     portfolio: PortfolioIdentity,
     max_rate_hz: float | None,
     show: Callable[[str, Mark, StreamKind, int], Update],
+    compared: Callable[[Update, str], object] = getattr,
 ) -> AsyncIterator[Update]:
-    """The messages of a stream that shows one portfolio's marks, each made by `show`."""
+    """The messages of a stream that shows one portfolio's marks, each made by `show`.
+
+    One is sent when what is `compared` of a selected field differs from the message before.
+    """
     signal = asyncio.Event()
     pace = make_pace(info.context, max_rate_hz, signal)
     selected = sorted(selected_fields(info))
@@ -130,7 +134,7 @@ async def mark_updates(
             last, stands_for = taken[0], stands_for + taken[1]
             update = show(portfolio.portfolio_id, last, kind, stands_for or 1)
             resumed = withheld and watch.current
-            values = [getattr(update, name) for name in selected]
+            values = [compared(update, name) for name in selected]
             if kind is StreamKind.UPDATE and values == shown and not resumed:
                 continue
             withheld = withheld and not resumed

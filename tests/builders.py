@@ -30,9 +30,14 @@ class MarkRow:
 
     nav: int = 10_000 * MICRO
     cash: int = 4_000 * MICRO
+    receivables: int = 0
     unrealized: int = 250 * MICRO
     realized: int = 75 * MICRO
     fees: int = 3 * MICRO
+    income: int = 0
+    flows: int = 0
+    trading: int = 0
+    corporate: int = 0
     day_pnl: int = 120 * MICRO
     day_pnl_ratio_e12: int | None = 12_000_000_000
     day_cut_at_ns: int = 1_795_305_600_000_000_000
@@ -45,7 +50,7 @@ class MarkRow:
         row = np.zeros(1, MARK)
         for name in MARK.names or ():
             if name == "positions_value":
-                row[name] = self.nav - self.cash
+                row[name] = self.nav - self.cash - self.receivables
             elif name == "day_pnl_ratio_e12":
                 row[name] = UNKNOWN if self.day_pnl_ratio_e12 is None else self.day_pnl_ratio_e12
             else:
@@ -145,7 +150,8 @@ class LedgerBuilder:
         )
         await self.pool.execute(
             "INSERT INTO portfolio (id, shard, owner, name, base_currency, day_cut, opened_at, cash, realized, fees,"
-            " income, flows, ledger_sequence) VALUES ($1, $2, $3, $4, 'USD', '00:00 UTC', $5, 0, 0, 0, 0, 0, 0)",
+            " income, flows, receivables, trading, corporate, ledger_sequence, ledger_hash)"
+            " VALUES ($1, $2, $3, $4, 'USD', '00:00 UTC', $5, 0, 0, 0, 0, 0, 0, 0, 0, 0, '')",
             portfolio_id,
             shard,
             owner,
@@ -208,8 +214,10 @@ class LedgerBuilder:
         instant = OPENED_AT + timedelta(minutes=sequence)
         await self.pool.execute(
             "INSERT INTO ledger_entry (portfolio_id, sequence, event_id, kind, symbol, side, quantity, price, amount,"
-            " fee, realized, cash_after, nav_before, effective_at, recorded_at, reference, content_hash) VALUES"
-            " ($1, $2, $3, $4, $5, $6, $7, $8, $9, 1, $15, $10, $16, $11, $12, $13, $14)",
+            " fee, realized, cash_after, nav_before, effective_at, recorded_at, reference, content_hash, receivable,"
+            " cost, nav_effect, late, hash) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 1, $15, $10, $16, $11, $12,"
+            " $13, $14, 0, CASE WHEN $4 = 'FILL' THEN $15::numeric - $9::numeric ELSE 0 END, $9::numeric - 1, false,"
+            " $14)",
             portfolio_id,
             sequence,
             event_id,
@@ -231,7 +239,7 @@ class LedgerBuilder:
     async def snapshots(self, portfolio_id: str, navs: Mapping[datetime, str], ledger_sequence: int = 1) -> None:
         await self.pool.executemany(
             "INSERT INTO equity_snapshot (portfolio_id, at, nav, cash, positions_value, quality, marked_at, epoch,"
-            " sequence, ledger_sequence) VALUES ($1, $2, $3, 0, $3, 0, $2, 1, 1, $4)",
+            " sequence, ledger_sequence, receivables, flows) VALUES ($1, $2, $3, 0, $3, 0, $2, 1, 1, $4, 0, 0)",
             [(portfolio_id, at, Decimal(nav), ledger_sequence) for at, nav in navs.items()],
         )
 

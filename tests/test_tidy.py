@@ -21,8 +21,18 @@ MODULE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 70
 
 # Money is integers and Decimals here. A float that is needed (an error bound, a scale) is a named constant.
-MONEY = ("amounts", "book", "booking", "ledger", "pnl", "portfolio", "positions", "posting", "sectors")
-MONEY_STORES = ("ledger_postgres", "shards_postgres", "ledger_reads")
+MONEY = ("amounts", "as_of", "book", "booking", "explain", "ledger", "lots", "pnl", "portfolio", "positions", "posting")
+MONEY += ("sectors", "baselines", "book_columns")
+MONEY_STORES = (
+    "as_of_reads",
+    "ledger_postgres",
+    "shards_postgres",
+    "shard_loading",
+    "ledger_reads",
+    "ledger_chain",
+    "ledger_export",
+    "ledger_selection",
+)
 MONEY_MODULES = [ROOT / "engine" / f"{name}.py" for name in MONEY]
 MONEY_MODULES += [ROOT / "engine" / "stores" / f"{name}.py" for name in MONEY_STORES]
 

@@ -49,13 +49,18 @@ class MarketClock:
     def now_ns(self) -> int:
         return self.market_ns(time.time_ns())
 
+    @property
+    def end_ns(self) -> int:
+        """The end of the last session's day, where the clock stands still."""
+        return (self.plan.days[-1] + 1) * DAY_NS
+
     def market_ns(self, wall_ns: int) -> int:
         """The market's instant at a wall instant; before the start it is the start of the first session."""
         plan = self.plan
         position_ns = max(0, wall_ns - plan.wall_start_ns) * plan.speed_milli // 1_000
         session, part_ns = divmod(position_ns, SECOND_NS)
         if session >= len(plan.days):
-            return (plan.days[-1] + 1) * DAY_NS
+            return self.end_ns
         return plan.days[session] * DAY_NS + part_ns * DAY_NS // SECOND_NS
 
     def wall_ns(self, market_ns: int) -> int:
@@ -69,6 +74,11 @@ class MarketClock:
 def make_clock(plan_json: str) -> Clock:
     """WallClock for an empty text, else the MarketClock it describes. Raises msgspec.MsgspecError, ValueError."""
     return MarketClock(msgspec.json.decode(plan_json, type=MarketClockPlan)) if plan_json else WallClock()
+
+
+def is_over(clock: Clock) -> bool:
+    """Whether a recorded market has come to its end; wall time never does."""
+    return isinstance(clock, MarketClock) and clock.now_ns() >= clock.end_ns
 
 
 def plan_market_clock(dates: list[date], speed_milli: int, wall_start_ns: int) -> str:

@@ -9,6 +9,8 @@ import msgspec
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from engine.assets import AssetClass
+
 JWT_SECRET_BYTES_MIN = 32
 
 
@@ -21,6 +23,7 @@ class ReadyFile(msgspec.Struct, frozen=True, kw_only=True):
     postgres_url: str
     kafka_bootstrap: str
     topic: str
+    actions_topic: str = "corporate-actions"
     jwt_secret: str
     market_clock: str
     pids: dict[str, int]
@@ -36,6 +39,7 @@ class Settings(BaseSettings):
     postgres_url: str = ""
     kafka_bootstrap: str = ""
     topic: str = "portfolio-events"
+    actions_topic: str = "corporate-actions"
     # Offsets are kept per log: empty means the Kafka cluster's own id.
     kafka_log_id: str = ""
 
@@ -59,14 +63,32 @@ class Settings(BaseSettings):
     lease_duration_ms: int = Field(default=3_000, ge=1_000)
     lease_renewal_interval_ms: int = Field(default=1_000, ge=100)
     event_batch_count_max: int = Field(default=500, ge=1, le=10_000)
-    # A price older than this is flagged STALE. Quotes of a closed market are not told apart yet.
+    # A price older than this is flagged STALE, or CLOSED while its market is (engine.sessions).
     stale_after_s: int = Field(default=900, ge=1)
+    # The exchange (of exchange_calendars) whose sessions a class of assets has; empty never closes.
+    calendar_equity: str = "XNYS"
+    calendar_commodity: str = "CMES"
+    # Whether quotes stamped outside of their market's sessions are believed.
+    extended_hours: bool = True
+    # Sources that publish late on purpose, separated by commas: their quotes are flagged DELAYED.
+    delayed_sources: Annotated[tuple[str, ...], NoDecode] = ()
     # Bounds the memory that a flood of unheard-of symbols can take, in `prices` and in every Book.
     symbols_count_max: int = Field(default=20_000, ge=1)
     quotes_publish_interval_ms: int = Field(default=10, ge=1, le=1_000)
     # A quote stamped further ahead than this is time travel and dropped.
     quote_future_tolerance_ms: int = Field(default=5_000, ge=0)
     snapshot_poll_interval_ms: int = Field(default=200, ge=50)
+    # Hourly snapshots are kept so long, then one a day for ever. No curve is hourly for more than 30 days, and a curve
+    # of a year and the refreshing of its daily aggregate reach back 366.
+    snapshot_retention_days: int = Field(default=400, ge=367, le=36_500)
+    # Recorded prices are what a NAV of the past is made of: a shorter time is as far back as it can be asked for.
+    # 36,500 is for ever; a year of them is about 9,000 rows per symbol.
+    price_close_retention_days: int = Field(default=36_500, ge=367, le=36_500)
+    # Every portfolio is reconciled once within this, or less often where that would take more of a core than its share.
+    reconcile_interval_s: int = Field(default=300, ge=1)
+    reconcile_cpu_share_max: float = Field(default=0.1, gt=0, le=1)
+    # A shard is not published anew for a repair more often than this: it resets all its subscriptions.
+    repair_interval_s: int = Field(default=600, ge=1)
 
     # What one client may ask for. Each is refused or closed with a code when exceeded.
     query_depth_max: int = 12
@@ -83,6 +105,8 @@ class Settings(BaseSettings):
     send_timeout_s: int = 5
     heartbeat_interval_s: int = 15
     page_size_max: int = 200
+    # Each export of a ledger holds one of the pool's connections for as long as its client takes the file.
+    exports_count_max: int = Field(default=2, ge=1)
     rate_hz_max: int = 20
     # A feed without a frame or heartbeat (one comes every second) for this long is taken for dead and made anew.
     feed_silence_max_ms: int = Field(default=5_000, ge=100)
@@ -93,10 +117,15 @@ class Settings(BaseSettings):
     postgres_timeout_s: int = Field(default=10, ge=1)
     postgres_pool_size: int = Field(default=8, ge=1)
 
-    @field_validator("allowed_origins", mode="before")
+    @field_validator("allowed_origins", "delayed_sources", mode="before")
     @classmethod
-    def _split_origins(cls, value: object) -> object:
+    def _split_at_commas(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @property
+    def calendars(self) -> dict[AssetClass, str]:
+        """What engine.sessions.Markets is made of."""
+        return {AssetClass.EQUITY: self.calendar_equity, AssetClass.COMMODITY: self.calendar_commodity}
 
     def using(self, ready: ReadyFile) -> Self:
         """These settings, pointed at a system that is already running."""
@@ -106,6 +135,7 @@ class Settings(BaseSettings):
                 "postgres_url": ready.postgres_url,
                 "kafka_bootstrap": ready.kafka_bootstrap,
                 "topic": ready.topic,
+                "actions_topic": ready.actions_topic,
                 "jwt_secret": SecretStr(ready.jwt_secret),
                 "market_clock": ready.market_clock,
             }
@@ -118,6 +148,7 @@ class Settings(BaseSettings):
             "NAVSTREAM_POSTGRES_URL": self.postgres_url,
             "NAVSTREAM_KAFKA_BOOTSTRAP": self.kafka_bootstrap,
             "NAVSTREAM_TOPIC": self.topic,
+            "NAVSTREAM_ACTIONS_TOPIC": self.actions_topic,
             "NAVSTREAM_JWT_SECRET": self.jwt_secret.get_secret_value(),
             "NAVSTREAM_MARKET_CLOCK": self.market_clock,
             "NAVSTREAM_PORT": str(self.port),

@@ -23,6 +23,16 @@ UNCLASSIFIED = Counter("navstream_unclassified_assets_total", "Assets created by
 QUOTES_APPLIED = Counter("navstream_quotes_applied_total", "Quotes applied to the Book after conflation")
 QUOTES_CONFLATED = Counter("navstream_quotes_conflated_total", "Quotes replaced by a newer one within a window")
 QUOTES_REFUSED = Counter("navstream_quotes_refused_total", "Quotes whose values would leave the exact range")
+QUOTES_BEFORE_SPLIT = Counter(
+    "navstream_quotes_before_split_total", "Quotes not applied because a later split is in the Book already"
+)
+QUOTES_WITHHELD = Counter("navstream_quotes_withheld_total", "Quotes of a symbol whose split could not be booked yet")
+ACTIONS = Counter("navstream_corporate_actions_total", "Corporate actions read, by outcome", ["outcome"])
+ACTION_STEPS = Counter("navstream_corporate_action_steps_total", "Steps booked, by shard and kind", ["kind"])
+ACTION_HOLDERS_PASSED = Counter(
+    "navstream_corporate_action_holders_passed_total", "Holders whose figures would have left the exact range"
+)
+QUOTE_SEGMENTS_MERGED = Counter("navstream_quote_segments_merged_total", "Boundaries whose last quotes were given up")
 QUOTE_GAPS = Counter("navstream_quote_gaps_total", "Lost quote frames noticed; `prices` was read again")
 FLUSHES = Counter("navstream_flushes_total", "Flushes of a shard by outcome", ["outcome"])
 ROWS_FLUSHED = Counter("navstream_marks_written_total", "Marks written to hot state")
@@ -37,6 +47,17 @@ TICK_TO_HOT = Histogram(
 BOOKING_TIME = Histogram("navstream_booking_seconds", "One ledger transaction", buckets=LATENCY_BUCKETS_S)
 SNAPSHOTS = Counter("navstream_snapshots_total", "Equity snapshots written")
 SNAPSHOT_GAPS = Counter("navstream_snapshot_gaps_total", "Grid instants without snapshots")
+SNAPSHOT_FRAMES = Counter("navstream_snapshot_frames_total", "Snapshot frames of a shard by outcome", ["outcome"])
+PRICE_CLOSES = Counter("navstream_price_closes_total", "Recorded prices written")
+PRICE_CLOSE_GAPS = Counter("navstream_price_close_gaps_total", "Grid instants without recorded prices")
+BOUNDARIES_FORCED = Counter("navstream_boundaries_forced_total", "Boundaries passed before all was booked up to them")
+DRIFT = Gauge("navstream_drift", "Sum over portfolios of |NAV shown - NAV of the ledger|, in currency units")
+DRIFT_PORTFOLIOS = Gauge("navstream_drift_portfolios", "Portfolios whose hot state is not what the ledger says")
+BROKEN_LEDGERS = Gauge("navstream_broken_ledgers", "Portfolios whose ledger does not fold to their record")
+RECONCILED = Counter("navstream_reconciled_total", "Checks of portfolios, by what they found", ["status"])
+REPAIRS = Counter("navstream_repairs_total", "Shards that were let go to be published anew")
+OLDEST_CHECK_AGE = Gauge("navstream_oldest_check_age_seconds", "Age of the check that is longest ago")
+QUOTES_FORGOTTEN = Counter("navstream_quotes_forgotten_total", "Quotes that a full history of prices gave up early")
 
 
 def start_telemetry(settings: Settings, role: str) -> None:

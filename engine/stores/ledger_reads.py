@@ -1,7 +1,11 @@
 """The ledger and its portfolios as readers see them, from PostgreSQL.
 
-Pages are keysets: entries by `sequence`, portfolios by `id`, so that a page costs the same wherever it lies and
-what is appended meanwhile neither repeats nor hides a row. Amounts come back as micro-units, exactly.
+Pages are keysets: entries and closed positions by `sequence`, portfolios by `id`, so that a page costs the same
+wherever it lies and what is appended meanwhile neither repeats nor hides a row. Amounts come back as micro-units,
+exactly.
+
+A page of entries is found in an index that holds all that a filter asks about, and only its own rows are read from the
+table: a filter that matches nothing in a ledger of a million entries reads a million index rows at worst.
 
 A portfolio's identity (owner, shard, name …) never changes once it is booked, so readers may remember it; its
 cash and counters do change and are not part of it.
@@ -9,10 +13,11 @@ cash and counters do change and are not part of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -21,7 +26,10 @@ from engine.assets import AssetClass
 from engine.equity_curve import Flow
 from engine.ledger import EXTERNAL_FLOWS, LedgerEntry, LedgerKind, Side
 from engine.performance import Trades
+from engine.portfolio import ClosedPosition
 from engine.runtime.clock import to_ns
+from engine.stores.ledger_rows import read_scale
+from engine.stores.ledger_selection import EVERYTHING, LedgerSelection, conditions
 
 # A pool may not be there yet when its reader is made: it is asked for at every read, and raises OSError till then.
 PoolSource = Callable[[], asyncpg.Pool]
@@ -37,18 +45,28 @@ class PortfolioIdentity:
     opened_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerSelection:
-    """Which entries a page shows; None takes all. `effective_from` is included, `effective_to` is not."""
+class ShownEntry(NamedTuple):
+    """An entry, and the event of the one that reverses it, if any."""
 
-    kind: LedgerKind | None = None
-    symbol: str | None = None
-    side: Side | None = None
-    effective_from: datetime | None = None
-    effective_to: datetime | None = None
+    entry: LedgerEntry
+    reversed_by: str | None
 
 
-EVERYTHING = LedgerSelection()
+class HeldCycle(NamedTuple):
+    """Which position's entries are asked for: those of the cycle that began with the entry `opened_sequence`."""
+
+    portfolio_id: str
+    symbol: str
+    opened_sequence: int
+
+
+class CycleEntries(NamedTuple):
+    """FILL and SPLIT entries of a cycle and what followed it; `head` is the position's quantity after the last of
+    them, None when the position is of another cycle by now."""
+
+    entries: list[LedgerEntry]
+    head: Decimal | None
+
 
 _IDENTITY = "id, shard, owner, name, base_currency, opened_at"
 _PORTFOLIO = f"SELECT {_IDENTITY} FROM portfolio WHERE id = $1"  # noqa: S608 -- constants of this module only
@@ -56,19 +74,37 @@ _PORTFOLIOS = f"SELECT {_IDENTITY} FROM portfolio WHERE id > $1 ORDER BY id LIMI
 _PORTFOLIOS_OF_OWNER = f"""
     SELECT {_IDENTITY} FROM portfolio WHERE owner = $3 AND id > $1 ORDER BY id LIMIT $2
 """  # noqa: S608
-_ENTRY = """
-    portfolio_id, sequence, event_id, kind, symbol, side, quantity, price, amount, fee, realized, cash_after,
-    nav_before, effective_at, recorded_at, reference, content_hash
-"""
+ENTRY_COLUMNS = ", ".join(LedgerEntry.__slots__)
+_SHOWN = f"""
+    {", ".join(f"e.{name}" for name in LedgerEntry.__slots__)},
+    (SELECT event_id FROM ledger_entry WHERE reverses = e.event_id) AS reversed_by
+"""  # noqa: S608
 _PAGE = f"""
-    SELECT {_ENTRY} FROM ledger_entry
-    WHERE portfolio_id = $1 AND sequence < $2
-      AND ($4::text IS NULL OR kind = $4) AND ($5::text IS NULL OR symbol = $5) AND ($6::text IS NULL OR side = $6)
-      AND ($7::timestamptz IS NULL OR effective_at >= $7) AND ($8::timestamptz IS NULL OR effective_at < $8)
-    ORDER BY sequence DESC LIMIT $3
+    WITH page AS MATERIALIZED (
+        SELECT sequence FROM ledger_entry WHERE portfolio_id = $1 AND sequence < $2{{conditions}}
+        ORDER BY sequence DESC LIMIT $3
+    ) SELECT {_SHOWN} FROM page JOIN ledger_entry AS e ON e.portfolio_id = $1 AND e.sequence = page.sequence
+    ORDER BY page.sequence DESC
 """  # noqa: S608
 _AFTER = f"""
-    SELECT {_ENTRY} FROM ledger_entry WHERE portfolio_id = $1 AND sequence > $2 ORDER BY sequence LIMIT $3
+    SELECT {_SHOWN} FROM ledger_entry AS e WHERE portfolio_id = $1 AND sequence > $2 ORDER BY sequence LIMIT $3
+"""  # noqa: S608
+_EVENT = f"SELECT {_SHOWN} FROM ledger_entry AS e WHERE event_id = $1"  # noqa: S608
+_CLOSED = """
+    SELECT symbol, side = 'LONG', realized, fees, opened_at, closed_at, opened_sequence, closed_sequence
+    FROM closed_position WHERE portfolio_id = $1 AND closed_sequence < $2 ORDER BY closed_sequence DESC LIMIT $3
+"""
+# The head and the entries are of one snapshot, because they are read by one statement.
+_CYCLES = f"""
+    SELECT asked.at, p.quantity, p.opened_sequence AS opened, e.*
+    FROM unnest($1::text[], $2::text[], $3::bigint[]) WITH ORDINALITY AS asked (portfolio, held, since, at)
+    LEFT JOIN position AS p ON p.portfolio_id = asked.portfolio AND p.symbol = asked.held
+    CROSS JOIN LATERAL (
+        SELECT {ENTRY_COLUMNS} FROM ledger_entry
+        WHERE portfolio_id = asked.portfolio AND symbol = asked.held AND sequence >= asked.since
+            AND kind IN ('FILL', 'SPLIT')
+        ORDER BY sequence LIMIT $4
+    ) AS e ORDER BY asked.at, e.sequence
 """  # noqa: S608
 # What a range reads: the entries of a portfolio after the range's first point up to its last, by ledger sequence.
 _SPAN = "portfolio_id = $1 AND sequence > $2 AND sequence <= $3"
@@ -76,10 +112,12 @@ _FLOWS = f"""
     SELECT recorded_at, sequence, amount, nav_before FROM ledger_entry
     WHERE {_SPAN} AND kind = ANY($4::text[]) AND nav_before IS NOT NULL ORDER BY sequence
 """  # noqa: S608
+# A fill that was reversed within the span was none.
 _TRADES = f"""
     SELECT count(*) FILTER (WHERE realized > 0), count(*) FILTER (WHERE realized < 0),
         coalesce(sum(realized) FILTER (WHERE realized > 0), 0), coalesce(sum(realized) FILTER (WHERE realized < 0), 0)
-    FROM ledger_entry WHERE {_SPAN} AND kind = 'FILL'
+    FROM ledger_entry AS e WHERE {_SPAN} AND kind = 'FILL' AND reverses IS NULL
+        AND NOT EXISTS (SELECT FROM ledger_entry WHERE reverses = e.event_id AND sequence <= $3)
 """  # noqa: S608
 # What was held at some time within the span is held now or was filled in it.
 _HELD_CLASS = f"""
@@ -115,25 +153,43 @@ class LedgerReads:
         count_max: int,
         before: int = SEQUENCE_MAX,
         selection: LedgerSelection = EVERYTHING,
-    ) -> list[LedgerEntry]:
+    ) -> list[ShownEntry]:
         """At most `count_max` selected entries with a sequence below `before`, newest first."""
-        rows = await self._pool().fetch(
-            _PAGE,
-            portfolio_id,
-            before,
-            count_max,
-            selection.kind,
-            selection.symbol,
-            selection.side,
-            selection.effective_from,
-            selection.effective_to,
-        )
-        return [_entry(row) for row in rows]
+        chosen, arguments = conditions(selection, first=4)
+        query = _PAGE.format(conditions=chosen)
+        rows = await self._pool().fetch(query, portfolio_id, before, count_max, *arguments)
+        return [_shown(row) for row in rows]
 
-    async def after(self, portfolio_id: str, sequence: int, count_max: int) -> list[LedgerEntry]:
+    async def after(self, portfolio_id: str, sequence: int, count_max: int) -> list[ShownEntry]:
         """At most `count_max` entries with a sequence above `sequence`, in order."""
         rows = await self._pool().fetch(_AFTER, portfolio_id, sequence, count_max)
-        return [_entry(row) for row in rows]
+        return [_shown(row) for row in rows]
+
+    async def event(self, event_id: str) -> ShownEntry | None:
+        """The entry of an event, whosever it is."""
+        row = await self._pool().fetchrow(_EVENT, event_id)
+        return None if row is None else _shown(row)
+
+    async def closed_positions(self, portfolio_id: str, count_max: int, before: int) -> list[ClosedPosition]:
+        """At most `count_max` cycles that ended before the entry `before`, the last one first."""
+        rows = await self._pool().fetch(_CLOSED, portfolio_id, before, count_max)
+        return [
+            ClosedPosition(symbol, is_long, to_micro(realized), to_micro(fees), *instants_and_sequences)
+            for symbol, is_long, realized, fees, *instants_and_sequences in rows
+        ]
+
+    async def cycles(self, asked: Sequence[HeldCycle], count_max: int) -> list[CycleEntries]:
+        """The entries of each cycle from its first one on, at most `count_max` of each."""
+        rows = await self._pool().fetch(_CYCLES, *map(list, zip(*asked, strict=True)), count_max)
+        found = [CycleEntries([], None) for _ in asked]
+        for row in rows:
+            at = row[0] - 1
+            entries, head = found[at]
+            if row[2] == asked[at].opened_sequence:
+                head = row[1].normalize()
+            entries.append(read_entry(row[3:]))
+            found[at] = CycleEntries(entries, head)
+        return found
 
     async def flows(self, portfolio_id: str, after: int, last: int) -> list[Flow]:
         """The external flows with `after` < sequence ≤ `last`, in order, each at the instant it was booked."""
@@ -157,27 +213,24 @@ class LedgerReads:
         return int(await self._pool().fetchval(_LAST, portfolio_id))
 
 
-def _entry(row: asyncpg.Record) -> LedgerEntry:
-    return LedgerEntry(
-        portfolio_id=row["portfolio_id"],
-        sequence=row["sequence"],
-        event_id=row["event_id"],
-        kind=LedgerKind(row["kind"]),
-        symbol=row["symbol"],
-        side=None if row["side"] is None else Side(row["side"]),
-        quantity=row["quantity"],
-        price=row["price"],
-        amount=to_micro(row["amount"]),
-        fee=to_micro(row["fee"]),
-        realized=to_micro(row["realized"]),
-        cash_after=to_micro(row["cash_after"]),
-        nav_before=_micro_or_none(row["nav_before"]),
-        effective_at=row["effective_at"],
-        recorded_at=row["recorded_at"],
-        reference=row["reference"],
-        content_hash=row["content_hash"],
-    )
+def read_entry(values: Iterable[Any]) -> LedgerEntry:
+    """An entry from the values of ENTRY_COLUMNS, in their order."""
+    entry = dict(zip(LedgerEntry.__slots__, values, strict=True))
+    for name in _MONEY:
+        entry[name] = to_micro(entry[name])
+    entry["kind"] = LedgerKind(entry["kind"])
+    if entry["side"] is not None:
+        entry["side"] = Side(entry["side"])
+    if entry["scale"] is not None:
+        entry["scale"] = read_scale(entry["scale"])
+    if entry["nav_before"] is not None:
+        entry["nav_before"] = to_micro(entry["nav_before"])
+    return LedgerEntry(**entry)
 
 
-def _micro_or_none(amount: Decimal | None) -> int | None:
-    return None if amount is None else to_micro(amount)
+_MONEY = ("amount", "fee", "receivable", "realized", "cost", "nav_effect", "cash_after")
+
+
+def _shown(row: asyncpg.Record) -> ShownEntry:
+    *values, reversed_by = row
+    return ShownEntry(read_entry(values), reversed_by)

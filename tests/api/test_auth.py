@@ -184,6 +184,7 @@ def root_operations() -> list[str]:
         "openPortfolio": '(input: {name: "n"})',
         "recordFill": '(input: {portfolioId: "p", symbol: "A", side: BUY, quantity: "1", price: "1"})',
         "recordCashMovement": '(input: {portfolioId: "p", kind: DEPOSIT, amount: "1"})',
+        "recordReversal": '(input: {portfolioId: "p", reverses: "e"})',
         "quotes": '(symbols: ["A"])',
     }
     operations = []

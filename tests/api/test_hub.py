@@ -6,10 +6,11 @@ import asyncio
 from dataclasses import replace
 
 from api.hub import Hub
-from engine.marks import Mark, MarkQuality
+from engine.marks import decode_mark
 from engine.messages import Quote
+from tests.builders import MarkRow
 
-MARK = Mark(1, 1, 0, 0, 0, 0, 0, None, 0, 0, 1, 1, MarkQuality.LIVE, 1)
+MARK = decode_mark(MarkRow(nav=1, cash=1).pack(), epoch=1)
 
 
 def quote(symbol: str, price: str = "1", ts_event_ns: int = 1) -> Quote:

@@ -80,10 +80,17 @@ def test_what_is_shown_again_under_an_alias_counts_again(around: str, repeated: 
     [
         ("positions(first: 1) { edges { cursor } }", 454),
         ("sectorAllocation { sector }", 66),
+        ("valuation { qualityShares { share } }", 66),
         ("equityCurve(range: ALL) { range }", 25),
         ("equityCurve(range: ALL, maxPoints: null) { range }", 25),
         ("equityCurve(range: ALL, maxPoints: 10) { range }", 33),
         ("performance(range: ALL) { range }", 33),
+        ("realizedPnl { net }", 66),
+        ("realizedToday { net }", 66),
+        ("closedPositions(first: 1) { edges { cursor } }", 454),
+        ("positions(first: 10) { edges { node { lots { cost } } } }", 45),
+        ("valuation { realizedPnl }", 5_000),
+        ("positions(first: 1) { edges { node { realizedPnl } } }", 454),
     ],
 )
 def test_what_is_read_counts_and_not_only_what_is_shown(field: str, portfolios_max: int) -> None:

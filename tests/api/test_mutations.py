@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from engine.messages import CashEvent, FillEvent, OpenEvent, PortfolioEvent, decode_event
+from engine.messages import CashEvent, FillEvent, OpenEvent, PortfolioEvent, ReversalEvent, decode_event
+from resolvers import mutations
 from tests.gateway import WAIT_S, Gateway, gateway_of, make_settings
+from tests.scripted_ledger import ScriptedLedger
 
 OPEN = """mutation($in: OpenPortfolioInput!) { openPortfolio(input: $in) {
     eventId portfolioId acceptedAt partition offset } }"""
 FILL = "mutation($in: RecordFillInput!) { recordFill(input: $in) { eventId portfolioId partition offset } }"
 CASH = "mutation($in: RecordCashMovementInput!) { recordCashMovement(input: $in) { eventId partition offset } }"
+
+REVERSE = "mutation($in: RecordReversalInput!) { recordReversal(input: $in) { eventId portfolioId partition offset } }"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -182,6 +188,97 @@ async def test_a_taken_id_does_not_become_ones_own_by_opening_it(writing: Gatewa
     # With an event id of one's own the opening is let through, and the evaluator refuses it; nothing is gained.
     await writing.ask(OPEN, {"in": {"name": "x", "portfolioId": name, "eventId": f"e-{name}"}})
     assert await writing.codes(FILL, {"in": {"portfolioId": name, **FILL_INPUT}}) == ["NOT_FOUND"]
+
+
+# -- day cuts and reversals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("day_cut", [None, "16:30 Europe/London", "close:XNYS"])
+async def test_a_portfolio_is_opened_with_its_day_cut(writing: Gateway, day_cut: str | None) -> None:
+    given = {"name": "x"} if day_cut is None else {"name": "x", "dayCut": day_cut}
+    receipt = (await writing.ask(OPEN, {"in": given}))["openPortfolio"]
+    _, event = await produced(writing, receipt)
+    assert isinstance(event, OpenEvent)
+    assert event.day_cut == (day_cut or "00:00 UTC")
+
+
+@pytest.mark.parametrize(
+    "day_cut", ["", "24:00 UTC", "9:30 UTC", "00:00 Mars/Olympus", "close:NOPE", "close:", "0" * 99]
+)
+async def test_a_day_cut_that_there_is_not_is_refused(writing: Gateway, day_cut: str) -> None:
+    assert await writing.codes(OPEN, {"in": {"name": "x", "dayCut": day_cut}}) == ["BAD_DAY_CUT"]
+
+
+async def scripted(gateway: Gateway, owner: str = "ann") -> ScriptedLedger:
+    """A portfolio with a deposit (entry 2), a fill (3) that is reversed (4), and a split (5)."""
+    script = ScriptedLedger(await booked(gateway, owner))
+    script.cash("DEPOSIT", "10")
+    script.fill("R", "BUY", "1", "2")
+    script.reverse(script.fill("R", "BUY", "1", "2"))
+    script.wait()
+    script.split("R", Fraction(2))
+    await script.write(gateway.ledger.pool)
+    return script
+
+
+async def test_record_reversal(writing: Gateway) -> None:
+    script = await scripted(writing)
+    for entry in script.entries[1:3]:
+        given = {"portfolioId": script.portfolio_id, "reverses": entry.event_id, "reference": "typo", "eventId": "r"}
+        receipt = (await writing.ask(REVERSE, {"in": given}))["recordReversal"]
+        key, event = await produced(writing, receipt)
+        assert isinstance(event, ReversalEvent)
+        assert (event.reverses, event.reference, key) == (entry.event_id, "typo", script.portfolio_id.encode())
+        assert event.event_id == receipt["eventId"] == f"{script.portfolio_id}/r"
+        assert abs((datetime.now(UTC) - event.effective_at).total_seconds()) < 60
+
+
+async def test_what_can_not_be_reversed_is_refused(writing: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mutations, "BOOKING_WAIT_S", 0.2)
+    script, bobs = await scripted(writing), await scripted(writing, "bob")
+    opened, deposit, _, wrong, reversal, split = script.entries
+    for reverses, code in (
+        (opened.event_id, "NOT_REVERSIBLE"),
+        (wrong.event_id, "ALREADY_REVERSED"),
+        (reversal.event_id, "NOT_REVERSIBLE"),
+        (split.event_id, "BAD_IDENTIFIER"),  # no client's event has such an id
+        ("never-booked", "UNKNOWN_EVENT"),
+        (bobs.entries[1].event_id, "UNKNOWN_EVENT"),
+        ("a b", "BAD_IDENTIFIER"),
+        ("a\0", "BAD_IDENTIFIER"),
+        ("", "BAD_IDENTIFIER"),
+    ):
+        assert await writing.codes(REVERSE, {"in": {"portfolioId": script.portfolio_id, "reverses": reverses}}) == [
+            code
+        ]
+    given = {"portfolioId": script.portfolio_id, "reverses": deposit.event_id}
+    assert await writing.codes(REVERSE, {"in": {**given, "reference": "x" * 201}}) == ["BAD_TEXT"]
+    assert await writing.codes(REVERSE, {"in": given}, writing.token("bob")) == ["NOT_FOUND"]
+    assert await writing.codes(REVERSE, {"in": given}, writing.token("ann", "ledger:read")) == ["FORBIDDEN"]
+
+
+async def test_a_reversal_is_retried_under_its_id(writing: Gateway) -> None:
+    script = ScriptedLedger(await booked(writing))
+    deposit = script.cash("DEPOSIT", "10")
+    reversal = script.reverse(deposit)
+    assert reversal is not None
+    script.entries[-1] = replace(reversal, event_id=f"{script.portfolio_id}/again")
+    await script.write(writing.ledger.pool)
+    given = {"portfolioId": script.portfolio_id, "reverses": deposit.event_id}
+    receipt = (await writing.ask(REVERSE, {"in": {**given, "eventId": "again"}}))["recordReversal"]
+    assert receipt["eventId"] == f"{script.portfolio_id}/again"
+    assert await writing.codes(REVERSE, {"in": {**given, "eventId": "other"}}) == ["ALREADY_REVERSED"]
+
+
+async def test_an_event_that_is_about_to_be_booked_is_waited_for(writing: Gateway) -> None:
+    script = ScriptedLedger(await booked(writing))
+    deposit = script.cash("DEPOSIT", "10")
+    given = {"portfolioId": script.portfolio_id, "reverses": deposit.event_id}
+    asking = asyncio.create_task(writing.ask(REVERSE, {"in": given}))
+    await asyncio.sleep(0.3)
+    assert not asking.done()
+    await script.write(writing.ledger.pool)
+    assert (await asking)["recordReversal"]["portfolioId"] == script.portfolio_id
 
 
 async def test_ready_when_all_answer(writing: Gateway) -> None:

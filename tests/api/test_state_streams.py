@@ -38,6 +38,24 @@ async def test_snapshot_then_updates(gateway: Gateway, shard: int, portfolio_id:
     await gateway.watches(0)
 
 
+async def test_nav_updates_say_what_the_nav_is_made_of(gateway: Gateway, shard: int, portfolio_id: str) -> None:
+    await begin(gateway, shard, portfolio_id, nav=10 * MICRO, cash=3 * MICRO, receivables=-2 * MICRO)
+    async with gateway.socket() as socket:
+        stream = await socket.subscribe(nav_query("nav cash receivables positionsValue"), {"id": portfolio_id})
+        assert await stream.next() == {"nav": "10", "cash": "3", "receivables": "-2", "positionsValue": "9"}
+
+
+async def test_quotes_say_their_condition_s_quality(gateway: Gateway) -> None:
+    now_ns = time.time_ns()
+    halted, delayed = (Quote(name, "5", now_ns - 10**12, "SIM", 1, name) for name in ("HALTED", "DELAYED"))
+    await gateway.redis.quotes([halted, delayed])
+    query = "subscription($symbols: [String!]!) { quotes(symbols: $symbols) { quotes { symbol quality } } }"
+    async with gateway.socket() as socket:
+        stream = await socket.subscribe(query, {"symbols": ["DELAYED", "HALTED"]})
+        shown = (await stream.next())["quotes"]
+    assert shown == [{"symbol": name, "quality": name} for name in ("DELAYED", "HALTED")]
+
+
 async def test_pnl_updates(gateway: Gateway, shard: int, portfolio_id: str) -> None:
     await begin(gateway, shard, portfolio_id)
     query = """subscription($id: String!) { pnlUpdates(portfolioId: $id) {
