@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from engine.ledger import LedgerKind
 from engine.runtime.clock import Clock, make_clock
 from engine.runtime.connections import AWAY
+from engine.runtime.session_files import read_session_file
 from engine.runtime.settings import ReadyFile, Settings, read_ready_file
 from engine.runtime.telemetry import start_telemetry
 from engine.stores.ledger_export import ExportFormat
@@ -69,6 +70,8 @@ def settings_of(ready_file: Path | None, *needed: str) -> Settings:
             settings = settings.using(read_ready_file(ready_file))
         except (OSError, msgspec.MsgspecError) as error:
             fail(f"{ready_file} is not a ready file: {error}")
+    if settings.sessions_file:
+        read_session_file(Path(settings.sessions_file))
     missing = [f"NAVSTREAM_{name.upper()}" for name in needed if not getattr(settings, name)]
     if missing:
         fail(f"set {', '.join(missing)}, or name a running system with --ready-file")

@@ -24,11 +24,14 @@ from __future__ import annotations
 import warnings
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
+
+import msgspec
 
 from engine.marks import MarkQuality
 
@@ -144,6 +147,8 @@ def _neighbours(recorded: array[int], usual: list[int], now_ns: int) -> tuple[in
 @cache
 def sessions_of(exchange: str) -> Sessions:
     """The sessions of the exchange that exchange_calendars calls so, no alias. Raises UnknownExchangeError."""
+    if exchange in _made_before:
+        return _made_before[exchange]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import exchange_calendars
@@ -154,6 +159,58 @@ def sessions_of(exchange: str) -> Sessions:
             return _extract(exchange, _calendar(exchange))
         except (ValueError, NotImplementedError) as error:
             raise UnknownExchangeError(f"the calendar of {exchange} can not be made: {str(error)[:80]}") from None
+
+
+class _Recorded(msgspec.Struct, frozen=True):
+    """Sessions on their way from the process that made them to another one; offsets in seconds."""
+
+    exchange: str
+    opens: list[int]
+    closes: list[int]
+    zone: str
+    weekdays: list[int]
+    opens_s: int
+    closes_s: int
+    recorded_from: date
+    recorded_until: date
+
+
+# What another process has made.
+_made_before: dict[str, Sessions] = {}
+
+
+def dump_sessions(exchanges: Iterable[str]) -> bytes:
+    """The sessions of exchanges for `use_sessions` of other processes. Raises UnknownExchangeError."""
+    return msgspec.json.encode([_recorded(sessions_of(exchange)) for exchange in exchanges])
+
+
+def use_sessions(data: bytes) -> None:
+    """Use what another process has dumped instead of making it. Raises msgspec.MsgspecError, a ValueError."""
+    for one in msgspec.json.decode(data, type=list[_Recorded]):
+        week = UsualWeek(
+            zone=ZoneInfo(one.zone),
+            weekdays=frozenset(one.weekdays),
+            opens=timedelta(seconds=one.opens_s),
+            closes=timedelta(seconds=one.closes_s),
+            recorded_from=one.recorded_from,
+            recorded_until=one.recorded_until,
+        )
+        _made_before[one.exchange] = Sessions(one.exchange, array("q", one.opens), array("q", one.closes), week)
+
+
+def _recorded(sessions: Sessions) -> _Recorded:
+    week = sessions.week
+    return _Recorded(
+        exchange=sessions.exchange,
+        opens=sessions.opens.tolist(),
+        closes=sessions.closes.tolist(),
+        zone=str(week.zone),
+        weekdays=sorted(week.weekdays),
+        opens_s=week.opens // timedelta(seconds=1),
+        closes_s=week.closes // timedelta(seconds=1),
+        recorded_from=week.recorded_from,
+        recorded_until=week.recorded_until,
+    )
 
 
 def _calendar(exchange: str) -> Any:

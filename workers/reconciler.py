@@ -44,6 +44,7 @@ from workers.quote_history import QuoteHistory
 
 PORTFOLIOS_PER_STEP_MAX = 100
 PORTFOLIOS_PER_READ_MAX = 500  # of a single rotation at full speed
+CATCH_UP_TIMEOUT_S = 60.0
 HISTORY_LEAD_S = 2.0  # far longer than a flush takes
 STEP_INTERVAL_S = 1.0  # also how soon the end of a repair is noticed
 FIGURES_LOGGED_MAX = 10
@@ -73,12 +74,26 @@ async def reconcile_once(settings: Settings) -> Report:
             checks = PortfolioChecks(engine, redis, history, pause=_no_pause)
             findings: list[Finding] = []
             for start in range(0, len(names), PORTFOLIOS_PER_READ_MAX):
-                found = await checks.check(names[start : start + PORTFOLIOS_PER_READ_MAX])
-                findings += (check.finding for check in found)
+                findings += await _check_when_kept(checks, names[start : start + PORTFOLIOS_PER_READ_MAX])
         finally:
             await _ended(watch)
         differences = [difference for finding in findings for difference in finding.differences]
         return Report(len(findings), sum(finding.ledger_sequence for finding in findings), differences)
+
+
+async def _check_when_kept(checks: PortfolioChecks, names: Sequence[str]) -> list[Finding]:
+    """What is found of portfolios, once their evaluator keeps up with the quotes: one that is behind has not drifted.
+
+    After CATCH_UP_TIMEOUT_S it is said as it is.
+    """
+    ends_at_s = time.monotonic() + CATCH_UP_TIMEOUT_S
+    found = {check.finding.portfolio_id: check for check in await checks.check(names)}
+    while behind := [name for name, check in found.items() if check.finding.differences and not check.is_kept]:
+        if time.monotonic() > ends_at_s:
+            break
+        await asyncio.sleep(STEP_INTERVAL_S)
+        found |= {check.finding.portfolio_id: check for check in await checks.check(behind)}
+    return [check.finding for check in found.values()]
 
 
 class Reconciler:

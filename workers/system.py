@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -91,10 +92,12 @@ def run_system(
     if not _is_free(settings.host, settings.port):
         fail(f"port {settings.port} on {settings.host} is taken: choose another one with --port")
     began_s = time.monotonic()
-    with ChildProcesses() as children:
+    with ChildProcesses() as children, ThreadPoolExecutor(1) as beside:
         try:
+            settings, making_sessions = _make_sessions(settings, children, beside)
             settings, server_pids = _start_servers(settings, options, children)
             asyncio.run(_prepare(settings, options))
+            making_sessions.result()
             settings = _plan_clock(settings, options, time.monotonic() - began_s)
             asyncio.run(_announce(settings, options))
         except _UNABLE_TO_START as error:
@@ -113,6 +116,17 @@ def run_system(
         finally:
             if options.ready_file is not None:
                 _remove_ready_file(options.ready_file, ready)
+
+
+def _make_sessions(
+    settings: Settings, children: ChildProcesses, beside: Executor
+) -> tuple[Settings, Future[tuple[int, str]]]:
+    """Begin to make the calendars' sessions once for all roles, beside the start of the servers."""
+    file = children.temporary_directory("navstream-sessions-") / "sessions.json"
+    exchanges = sorted({name for name in settings.calendars.values() if name})
+    argv = [sys.executable, "-m", "engine.runtime.session_files", str(file), *exchanges]
+    making = beside.submit(children.run, "sessions", argv, timeout_s=READY_TIMEOUT_S)
+    return settings.model_copy(update={"sessions_file": str(file)}), making
 
 
 def _start_servers(

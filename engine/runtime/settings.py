@@ -54,6 +54,8 @@ class Settings(BaseSettings):
 
     # A JSON text (engine.runtime.clock) when the program's time is a recorded market's; empty for wall time.
     market_clock: str = ""
+    # Trading sessions that another process has made (engine.runtime.session_files); empty: each makes its own.
+    sessions_file: str = ""
     log_level: str = "INFO"
     # Where a worker serves its metrics; 0 is nowhere. The API serves its own on its port.
     metrics_port: int = 0
@@ -151,6 +153,7 @@ class Settings(BaseSettings):
             "NAVSTREAM_ACTIONS_TOPIC": self.actions_topic,
             "NAVSTREAM_JWT_SECRET": self.jwt_secret.get_secret_value(),
             "NAVSTREAM_MARKET_CLOCK": self.market_clock,
+            "NAVSTREAM_SESSIONS_FILE": self.sessions_file,
             "NAVSTREAM_PORT": str(self.port),
             "NAVSTREAM_LOG_LEVEL": self.log_level,
         }

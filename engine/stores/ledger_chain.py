@@ -20,13 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from enum import StrEnum
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
-from engine.amounts import AmountError, from_micro
+from engine.amounts import from_micro
 from engine.ledger import CHAIN_START, LedgerEntry, chain_hash
 from engine.stores.ledger_reads import ENTRY_COLUMNS, read_entry
 
@@ -227,5 +227,5 @@ async def _verify_portfolio(
 def _take(check: ChainCheck, row: asyncpg.Record) -> list[Fault]:
     try:
         return check.take(read_entry(row))
-    except (AmountError, InvalidOperation, ValueError, ArithmeticError) as error:
+    except (ArithmeticError, LookupError, ValueError) as error:
         return check.take_unreadable(row["sequence"], row["hash"], f"{type(error).__name__}: {str(error)[:100]}")

@@ -194,7 +194,7 @@ class _Parquet:
                 convert_options=self._csv.ConvertOptions(
                     column_types=self._types,
                     strings_can_be_null=True,
-                    quoted_strings_can_be_null=True,
+                    quoted_strings_can_be_null=False,
                     null_values=[""],
                 ),
             )

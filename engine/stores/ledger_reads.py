@@ -215,20 +215,22 @@ class LedgerReads:
 
 def read_entry(values: Iterable[Any]) -> LedgerEntry:
     """An entry from the values of ENTRY_COLUMNS, in their order."""
-    entry = dict(zip(LedgerEntry.__slots__, values, strict=True))
-    for name in _MONEY:
-        entry[name] = to_micro(entry[name])
-    entry["kind"] = LedgerKind(entry["kind"])
-    if entry["side"] is not None:
-        entry["side"] = Side(entry["side"])
-    if entry["scale"] is not None:
-        entry["scale"] = read_scale(entry["scale"])
-    if entry["nav_before"] is not None:
-        entry["nav_before"] = to_micro(entry["nav_before"])
-    return LedgerEntry(**entry)
+    entry = list(values)
+    for at in _MONEY_AT:
+        entry[at] = to_micro(entry[at])
+    entry[_KIND_AT] = _KINDS[entry[_KIND_AT]]
+    for at, read in _OPTIONAL:
+        if entry[at] is not None:
+            entry[at] = read(entry[at])
+    return LedgerEntry(*entry)
 
 
 _MONEY = ("amount", "fee", "receivable", "realized", "cost", "nav_effect", "cash_after")
+_MONEY_AT = [LedgerEntry.__slots__.index(name) for name in _MONEY]
+_KIND_AT = LedgerEntry.__slots__.index("kind")
+_KINDS = {kind.value: kind for kind in LedgerKind}
+_READERS: dict[str, Callable[[Any], object]] = {"side": Side, "scale": read_scale, "nav_before": to_micro}
+_OPTIONAL = [(LedgerEntry.__slots__.index(name), read) for name, read in _READERS.items()]
 
 
 def _shown(row: asyncpg.Record) -> ShownEntry:

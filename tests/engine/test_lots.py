@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
 from itertools import groupby
@@ -113,9 +112,9 @@ def test_a_fill_from_before_a_split_that_was_booked_first_is_in_new_shares() -> 
 
 
 def test_a_late_split_leaves_the_fills_since_its_instant_alone() -> None:
-    """100 old shares; the split 2:1 takes effect; 50 new ones are sold and 5 bought; only then does it arrive."""
+    """100 old shares; the split 2:1 takes effect, and that moment 50 new ones are sold; only later does it arrive."""
     script = trade(ScriptedLedger(), "+100@10")
-    effective_at = script.at + timedelta(minutes=1)
+    effective_at = script.at + HOUR
     trade(script, "-50@6", "+5@6")
     step = Step("late", LedgerKind.SPLIT, "A", effective_at, 1, scale=Fraction(2))
     # The 100 shares that were held at its instant become 200, whatever was done with new ones since.

@@ -8,6 +8,7 @@ import warnings
 from array import array
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from engine.assets import AssetClass
 from engine.marks import MarkQuality
 from engine.messages import Condition
+from engine.runtime.session_files import read_session_file
 from engine.sessions import (
     DELAY_MAX_NS,
     Markets,
@@ -230,3 +232,34 @@ def test_a_market_is_open_unless_its_sessions_say_otherwise() -> None:
 def test_instants_go_there_and_back() -> None:
     assert instant_of(1_795_342_800_123_456_789) == datetime(2026, 11, 22, 10, 20, 0, 123_456, UTC)
     assert ns_of(instant_of(1_795_342_800_123_456_789)) == 1_795_342_800_123_456_000
+
+
+def test_sessions_made_by_another_process_are_the_same_and_need_no_library(tmp_path: Path) -> None:
+    file = tmp_path / "sessions.json"
+    subprocess.run([sys.executable, "-m", "engine.runtime.session_files", file, "XNYS", "CMES"], check=True)
+    told = """
+import sys
+from pathlib import Path
+from engine.runtime.session_files import read_session_file
+from engine.sessions import sessions_of
+read_session_file(Path(sys.argv[1]))
+for name in ("XNYS", "CMES"):
+    found = sessions_of(name)
+    print(found.opens.tolist() == found.opens.tolist(), hash(tuple(found.opens)), hash(tuple(found.closes)), found.week)
+print("pandas" in sys.modules)
+"""
+    answer = subprocess.run([sys.executable, "-c", told, file], check=True, capture_output=True, text=True).stdout
+    expected = [
+        f"True {hash(tuple(own.opens))} {hash(tuple(own.closes))} {own.week}"
+        for own in (sessions_of("XNYS"), sessions_of("CMES"))
+    ]
+    assert answer.splitlines() == [*expected, "False"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'[{"exchange": 1}]'])
+def test_a_session_file_that_is_none_costs_time_only(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "sessions.json"
+    if content is not None:
+        file.write_bytes(content)
+    read_session_file(file)
+    assert sessions_of("XNYS").is_open(ns_of(datetime(2026, 11, 20, 15, 0, tzinfo=UTC)))

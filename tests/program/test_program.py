@@ -166,8 +166,8 @@ def test_a_kept_directory_goes_on_where_it_stopped(tmp_path: Path, kept_director
 @pytest.mark.skipif(not RECORDING.exists(), reason=f"the recorded year is not at {RECORDING.name}'s usual place")
 @pytest.mark.timeout(180)
 def test_a_recorded_market_through_the_whole_system(tmp_path: Path) -> None:
-    """A quarter of the recorded year at ten days a second, 30 portfolios × 15 positions."""
-    with system(tmp_path, "demo", "--replay", f"{RECORDING}@10", "--portfolios", "30"):
+    """A quarter of the recorded year at five days a second, 30 portfolios × 15 positions."""
+    with system(tmp_path, "demo", "--replay", f"{RECORDING}@5", "--portfolios", "30"):
         file = str(tmp_path / "ready.json")
         query = """{ portfolio(portfolioId: "demo-0001") {
             valuation { nav cash receivables positionsValue asOf dayCutAt quality }
@@ -189,9 +189,16 @@ def test_a_recorded_market_through_the_whole_system(tmp_path: Path) -> None:
         assert Decimal(valuation["nav"]) == sum(parts)
         assert parts[1] > 0, "of the dividends of the last 14 days"
         assert valuation["dayCutAt"][:10] == valuation["asOf"][:10]
-        checked = navstream("reconcile", "--ready-file", file)
-        assert checked.returncode == 0, checked.stdout
-        assert checked.stdout.startswith("30 portfolios")
+        # An evaluator that is behind this market's days has not drifted; what has drifted stays so.
+        reports: list[str] = []
+
+        def agreed() -> bool:
+            checked = navstream("reconcile", "--ready-file", file)
+            reports.append(checked.stdout)
+            return checked.returncode == 0
+
+        wait_until(agreed, 90)
+        assert reports[-1].startswith("30 portfolios")
 
 
 def test_commands_say_what_is_missing() -> None:
