@@ -218,11 +218,10 @@ class Batch:
             raise EventRejected("ALREADY_REVERSED", f"event {event.reverses} is reversed already")
         if original.kind in CORPORATE or original.kind is LedgerKind.OPEN or original.reverses is not None:
             raise EventRejected("NOT_REVERSIBLE", f"a reversal and a {original.kind} can not be reversed")
-        scale = original.scale
+        scale = None
         if original.symbol is not None:
-            later = [s for s in known.splits.get(original.symbol, ()) if _is_after(s, original)]
-            since = _scale(later, original.effective_at)
-            scale = since if scale is None else scale * (since or 1)
+            # The splits after it multiplied it, whether they were booked before it or after.
+            scale = _scale(known.splits.get(original.symbol, ()), original.effective_at)
         return draft_reversal(event, original, self._recorded_at, scale)
 
     def _enter(self, held: Portfolio, draft: LedgerEntry, nav_before: int) -> Booking:
@@ -292,11 +291,6 @@ def _gross_cost(held: Position | None) -> int:
     return abs(held.cost) if held else 0
 
 
-def _is_after(applied: AppliedSplit, entry: LedgerEntry) -> bool:
-    """Whether the split came into the ledger after the entry, whose own scale tells what came before it."""
-    return applied.applied_at > entry.recorded_at or (applied.applied_at == entry.recorded_at and entry.scale is None)
-
-
 def _scale(splits: Iterable[AppliedSplit], at: datetime) -> Fraction | None:
     """What turns shares of `at` into today's, by the splits that took effect after it; None where nothing does."""
     scale = Fraction(1)
@@ -309,10 +303,12 @@ def _scale(splits: Iterable[AppliedSplit], at: datetime) -> Fraction | None:
 @dataclass(frozen=True, slots=True)
 class Holder:
     """Who a step concerns: the portfolio with its position in the symbol, and the shares bought (+) or sold (−) by
-    fills at or after the step's instant that are booked already. For a payment: what is owed (micro-units)."""
+    fills at or after the step's instant that are booked already, both in today's shares. `scale` turns shares of that
+    instant into today's, by splits that were booked before this step. For a payment: what is owed (micro-units)."""
 
     portfolio: Portfolio
     since: Decimal = Decimal(0)
+    scale: Fraction = Fraction(1)
     owed: int = 0
 
 
@@ -375,6 +371,8 @@ def _draft_step(due: DueStep, holder: Holder, recorded_at: datetime) -> LedgerEn
     if step.scale is None:
         if step.currency != holder.portfolio.base_currency:
             return None
-        return draft_accrual(step, name, held, recorded_at, late, content)
+        # A dividend is per share of its ex-date.
+        then = scale_number(held, 1 / holder.scale, "quantity")
+        return draft_accrual(step, name, then, recorded_at, late, content) if then else None
     change = scale_number(held, step.scale, "quantity") - held
     return draft_split(step, name, change, recorded_at, late, content) if change else None

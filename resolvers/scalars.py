@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import strawberry
+from graphql import GraphQLError
 from strawberry.types.scalar import ScalarDefinition
 
 from engine.amounts import TEXT_LENGTH_MAX, plain
@@ -28,17 +29,17 @@ def write_decimal(value: object) -> str:
 
 
 def read_decimal(value: object) -> Decimal:
-    """Raises ValueError, which GraphQL reports as an error of the argument."""
+    """Raises GraphQLError, which is reported as an error of the argument."""
     if not isinstance(value, str):
-        raise ValueError("a Decimal is sent as a string")
+        raise GraphQLError("a Decimal is sent as a string")
     if not value or len(value) > TEXT_LENGTH_MAX or not value.isascii() or "_" in value or value != value.strip():
-        raise ValueError("not a decimal number")
+        raise GraphQLError("not a decimal number")
     try:
         number = Decimal(value)
     except InvalidOperation:
-        raise ValueError("not a decimal number") from None
+        raise GraphQLError("not a decimal number") from None
     if not number.is_finite() or abs(number.adjusted()) > EXPONENT_MAX:
-        raise ValueError("not a finite decimal number of usual size")
+        raise GraphQLError("not a finite decimal number of usual size")
     return number
 
 
@@ -56,19 +57,19 @@ def _instant_text(instant: datetime) -> str:
 
 
 def read_instant(value: object) -> datetime:
-    """Raises ValueError, which GraphQL reports as an error of the argument."""
+    """Raises GraphQLError, which is reported as an error of the argument."""
     if not isinstance(value, str) or len(value) > TEXT_LENGTH_MAX:
-        raise ValueError("a DateTime is sent as a string")
+        raise GraphQLError("a DateTime is sent as a string")
     try:
         instant = datetime.fromisoformat(value)
     except ValueError:
-        raise ValueError("not an RFC 3339 date and time") from None
+        raise GraphQLError("not an RFC 3339 date and time") from None
     if instant.tzinfo is None:
-        raise ValueError("a DateTime needs an offset, for example Z")
+        raise GraphQLError("a DateTime needs an offset, for example Z")
     try:
         return instant.astimezone(UTC)
     except OverflowError:
-        raise ValueError("a DateTime out of range") from None
+        raise GraphQLError("a DateTime out of range") from None
 
 
 SCALARS: dict[Any, ScalarDefinition] = {

@@ -259,7 +259,8 @@ class Bookkeeping:
         if step.kind is LedgerKind.DIVIDEND_PAID:
             owed = self.owed.get((name, step.action_id))
             return None if owed is None else Holder(copied, owed=owed)
-        return Holder(copied, self.bought_since(name, step))
+        applied = [one.split for one in self.splits.get(self.shard_of(name), {}).get(step.symbol, ())]
+        return Holder(copied, self.bought_since(name, step), scale_since(to_ns(step.at), applied))
 
     def bought_since(self, name: str, step: Step) -> Decimal:
         """The shares of fills executed at the step's instant or later, in today's; those taken back are none."""

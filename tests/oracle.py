@@ -583,6 +583,7 @@ class Oracle:
         self.actions_taken.add(("accrued", action["action_id"]))
         for name, portfolio in self.portfolios.items():
             held = portfolio.held_before(action["symbol"], at, self.splits)
+            held = rounded(held / scale_after(self.splits, action["symbol"], at))  # per share of that day
             if held == 0 or portfolio.currency != action["currency"]:
                 continue
             after = copy.deepcopy(portfolio)

@@ -70,7 +70,7 @@ class ShardLedger:
         await store.record(self.lease, "log", {0: 1}, [action], at)
         (known,) = await store.known(0)
         due = DueStep(known.steps[0], StepPrices(None, None), at > effective_at, known.content_hash)
-        await store.book(self.lease, [due], at)
+        await store.book(self.lease, [due], at, {})
 
     async def close(self, symbol: str, price: str, at: datetime, ts_event: datetime) -> None:
         await self.admin.execute(

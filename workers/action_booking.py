@@ -162,7 +162,7 @@ class ActionBooking:
             return
         at = self._now()
         try:
-            booked, new = await self._store.book(owned.lease, due, at)
+            booked, new = await self._store.book(owned.lease, due, at, self._host.actions.splits_of_shard(shard))
         except Fenced as error:
             self._host.lose(owned.lease, str(error))
             return

@@ -11,13 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
+from fractions import Fraction
+from math import prod
 from typing import Any
 
 from sqlalchemy import select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from engine.amounts import from_micro, to_micro
+from engine.amounts import from_micro, scale_number, to_micro
 from engine.booking import AppliedSplit, Booked, DueStep, Holder, book_step
 from engine.corporate_actions import (
     CorporateAction,
@@ -28,9 +30,11 @@ from engine.corporate_actions import (
     action_hash,
     opens_at,
     parse_scale,
+    scale_since,
 )
 from engine.ledger import LedgerEntry, LedgerKind, write_scale
 from engine.portfolio import Portfolio
+from engine.runtime.clock import to_ns
 from engine.stores.ledger_postgres import Fenced, Lease, write_booked
 from engine.stores.ledger_rows import portfolio_of, position_of, read_scale
 from engine.stores.tables import corporate_action, portfolio, position, receivable, shard, shard_action, topic_offset
@@ -112,8 +116,16 @@ class ActionsStore:
             rows = await connection.execute(select(shard_action).where(shard_action.c.shard == shard_id))
             return {(row.action_id, LedgerKind(row.step)): row.applied_at for row in rows}
 
-    async def book(self, lease: Lease, due: Sequence[DueStep], recorded_at: datetime) -> tuple[Booked, list[Step]]:
+    async def book(
+        self,
+        lease: Lease,
+        due: Sequence[DueStep],
+        recorded_at: datetime,
+        splits: Mapping[str, Sequence[AppliedSplit]],
+    ) -> tuple[Booked, list[Step]]:
         """Book steps, in their order, for all holders of a shard, in one transaction.
+
+        `splits` are those that the shard has booked already, by symbol.
 
         Returns what was booked and the steps that were new to the shard.
         """
@@ -135,7 +147,8 @@ class ActionsStore:
             inserted = {(row.action_id, row.step) for row in await connection.execute(returning, rows)}
             new = [one for one in due if (one.step.action_id, one.step.kind.value) in inserted]
             if new:
-                holders = await _Holders.read(connection, lease.shard, [one.step for one in new])
+                booked_splits = {symbol: [one.split for one in of] for symbol, of in splits.items()}
+                holders = await _Holders.read(connection, lease.shard, [one.step for one in new], booked_splits)
                 for at, one in enumerate(new):
                     holders.note(one.step, book_step(booked, one, holders.of(at, one.step), recorded_at))
                 await write_booked(connection, lease.shard, booked)
@@ -168,13 +181,16 @@ class _Holders:
     instant, and what is owed by action. It follows the steps as they are booked, without asking again."""
 
     portfolios: dict[str, Portfolio]
+    splits: Mapping[str, Sequence[Split]]
     since: dict[int, dict[str, Decimal]]
     owed: dict[str, dict[str, int]]
     accrued: list[dict[str, Any]] = field(default_factory=list)
     paid: list[str] = field(default_factory=list)
 
     @classmethod
-    async def read(cls, connection: AsyncConnection, shard_id: int, steps: Sequence[Step]) -> _Holders:
+    async def read(
+        cls, connection: AsyncConnection, shard_id: int, steps: Sequence[Step], splits: Mapping[str, Sequence[Split]]
+    ) -> _Holders:
         moving = [(at, step) for at, step in enumerate(steps) if step.kind is not LedgerKind.DIVIDEND_PAID]
         since: dict[int, dict[str, Decimal]] = {}
         if moving:
@@ -184,9 +200,14 @@ class _Holders:
                 "symbols": [step.symbol for _, step in moving],
                 "instants": [step.at for _, step in moving],
                 "from": min(step.at for _, step in moving) - CLOCK_SKEW,
+                "split_symbols": [symbol for symbol, of in splits.items() for _ in of],
+                "split_instants": [one.effective_at for of in splits.values() for one in of],
             }
             for row in await connection.execute(_FILLED_SINCE, asked):
-                since.setdefault(row.place, {})[row.portfolio_id] = row.bought
+                scale = _last(splits.get(row.symbol, ()), row.splits_after)
+                bought = since.setdefault(row.place, {})
+                shares = scale_number(row.bought, scale, "quantity")
+                bought[row.portfolio_id] = bought.get(row.portfolio_id, _ZERO) + shares
         owed: dict[str, dict[str, int]] = {}
         of_action = receivable.c.action_id.in_([step.action_id for step in steps])
         statement = select(receivable).join(portfolio).where(portfolio.c.shard == shard_id, of_action)
@@ -200,7 +221,7 @@ class _Holders:
         portfolios = {row.id: portfolio_of(row) for row in rows}
         for row in held:
             portfolios[row.portfolio_id].positions[row.symbol] = position_of(row)
-        return cls(portfolios, since, owed)
+        return cls(portfolios, splits, since, owed)
 
     def of(self, at: int, step: Step) -> list[Holder]:
         """The holders that the step at this place concerns."""
@@ -208,8 +229,9 @@ class _Holders:
             owed = self.owed.get(step.action_id, {})
             return [Holder(self.portfolios[name], owed=amount) for name, amount in sorted(owed.items())]
         since = self.since.get(at, {})
+        scale = scale_since(to_ns(step.at), self.splits.get(step.symbol, ()))
         return [
-            Holder(of, since.get(name, _ZERO))
+            Holder(of, since.get(name, _ZERO), scale)
             for name, of in self.portfolios.items()
             if step.symbol in of.positions or name in since
         ]
@@ -234,6 +256,12 @@ class _Holders:
             actions = {name.partition("#")[0] for name in self.paid}
             paid = receivable.c.action_id.in_(actions) & key.in_(self.paid)
             await connection.execute(receivable.delete().where(paid))
+
+
+def _last(splits: Sequence[Split], count: int) -> Fraction:
+    """The product of the last `count` splits, by their instants."""
+    ordered = sorted(splits, key=lambda split: split.effective_at)
+    return prod((split.scale for split in ordered[len(ordered) - count :]), start=Fraction(1))
 
 
 def _action_row(action: CorporateAction, at: datetime) -> dict[str, Any]:
@@ -269,12 +297,15 @@ def _known(row: Any) -> KnownAction:
 # Fills that took place at the step's instant or later and are booked already. The index on `recorded_at` bounds what is
 # read: nothing is booked before it takes place.
 _FILLED_SINCE = text(
-    "SELECT asked.place, portfolio_id, sum(CASE side WHEN 'BUY' THEN 1 ELSE -1 END * quantity "
-    "* coalesce(split_part(scale, ':', 1)::numeric / split_part(scale, ':', 2)::numeric, 1)) AS bought "
+    "SELECT place, portfolio_id, symbol, splits_after, sum(bought) AS bought FROM ("
+    "SELECT asked.place, portfolio_id, ledger_entry.symbol, "
+    "CASE side WHEN 'BUY' THEN quantity ELSE -quantity END AS bought, "
+    "(SELECT count(*) FROM unnest(CAST(:split_symbols AS text[]), CAST(:split_instants AS timestamptz[])) "
+    "AS split (symbol, at) WHERE split.symbol = ledger_entry.symbol AND split.at > effective_at) AS splits_after "
     "FROM ledger_entry JOIN portfolio ON portfolio.id = portfolio_id "
     "JOIN unnest(CAST(:places AS integer[]), CAST(:symbols AS text[]), CAST(:instants AS timestamptz[])) "
     "AS asked (place, symbol, at) ON asked.symbol = ledger_entry.symbol AND effective_at >= asked.at "
     "WHERE ledger_entry.recorded_at >= :from AND portfolio.shard = :shard AND kind = 'FILL' AND reverses IS NULL "
     "AND NOT EXISTS (SELECT FROM ledger_entry AS back WHERE back.reverses = ledger_entry.event_id) "
-    "GROUP BY asked.place, portfolio_id"
+    ") AS filled GROUP BY place, portfolio_id, symbol, splits_after"
 )

@@ -12,6 +12,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from engine.ledger import LedgerKind, Side
+from engine.messages import EventRejected, check_symbol
 
 BAD_FILTER = "BAD_FILTER"
 # Above what any number of the ledger has; PostgreSQL's own limit is far beyond.
@@ -44,9 +45,14 @@ EVERYTHING = LedgerSelection()
 
 
 def check_selection(selection: LedgerSelection) -> None:
-    """Raises SelectionError for what can not have been meant: a range that holds nothing, an amount below 0."""
+    """Raises SelectionError for what can not have been meant: an empty range, an amount below 0, no symbol."""
     if selection.kinds is not None and not selection.kinds:
         raise SelectionError("kinds is empty: leave it out to take all")
+    if selection.symbol is not None:
+        try:
+            check_symbol(selection.symbol)
+        except EventRejected as error:
+            raise SelectionError(str(error)) from None
     for name, begin, end in (
         ("effective", selection.effective_from, selection.effective_to),
         ("recorded", selection.recorded_from, selection.recorded_to),

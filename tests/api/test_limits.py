@@ -49,6 +49,28 @@ async def test_variables_that_can_not_be_coerced_are_named_as_such(gateway: Gate
         assert await gateway.codes(f"query($n: Int!) {NESTED}", variables) == ["GRAPHQL_VALIDATION_FAILED"]
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        'asOf: "2026-02-30T00:00:00Z"',
+        'asOf: "2026-11-22T00:00:00"',
+        'asOf: "NaN"',
+        'asOf: "0000-00-00"',
+        'asOf: "9999-12-31T23:59:59-14:00"',
+        "asOf: 7",
+    ],
+)
+async def test_a_literal_that_is_no_instant_is_named_as_such(gateway: Gateway, argument: str) -> None:
+    query = f'{{ portfolio(portfolioId: "p-1", {argument}) {{ name }} }}'
+    assert await gateway.codes(query) == ["GRAPHQL_VALIDATION_FAILED"]
+
+
+@pytest.mark.parametrize("amount", ["NaN", "Infinity", "1e999999", "x"])
+async def test_a_literal_that_is_no_decimal_is_named_as_such(gateway: Gateway, amount: str) -> None:
+    query = """{ portfolio(portfolioId: "p-1") { ledger(first: 1, filter: {minAmount: "%s"}) { edges { cursor } } } }"""
+    assert await gateway.codes(query % amount) == ["GRAPHQL_VALIDATION_FAILED"]
+
+
 @pytest.mark.parametrize("literal", ["9" * 13, "-" + "9" * 5_000, '"200"', "{n: 1}"])
 def test_a_length_that_can_not_be_read_is_the_largest_page(literal: str) -> None:
     text = NESTED.replace("$n", literal)

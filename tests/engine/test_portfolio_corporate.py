@@ -59,7 +59,7 @@ class Kept:
         since, owed = of.pop("since", Decimal(0)), of.pop("owed", 0)
         step = Step("a-1", kind, "AAPL", AT, 1, currency="USD", **of)
         prices = StepPrices(self.price, Decimal(price) if price else self.price)
-        holder = Holder(self.portfolio, since, owed)
+        holder = Holder(self.portfolio, since, owed=owed)
         booked = Booked()
         book_step(booked, DueStep(step, prices, late, b"c"), [holder], LATER)
         assert not booked.dead_letters

@@ -178,6 +178,8 @@ async def test_filters(gateway: Gateway, life: Life, chosen: dict[str, Any], exp
     [
         ({"kind": "FILL", "kinds": ["FEE"]}, "BAD_FILTER"),
         ({"kinds": []}, "BAD_FILTER"),
+        ({"symbol": "A" * 2_000}, "BAD_FILTER"),
+        ({"symbol": "A\u0000B"}, "BAD_FILTER"),
         ({"minAmount": "2", "maxAmount": "1.999999"}, "BAD_FILTER"),
         ({"minAmount": "-1"}, "BAD_FILTER"),
         ({"maxAmount": "-0.000001"}, "BAD_FILTER"),

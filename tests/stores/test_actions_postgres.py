@@ -53,7 +53,7 @@ def due(action: KnownAction, step: int = 0, prices: StepPrices = PRICES) -> DueS
 
 
 async def book(books: Books, action: KnownAction, step: int = 0, shard: int = 0) -> Booked | None:
-    booked, new = await ActionsStore(books.engine).book(books.leases[shard], [due(action, step)], AFTER)
+    booked, new = await ActionsStore(books.engine).book(books.leases[shard], [due(action, step)], AFTER, {})
     return booked if new else None
 
 
@@ -161,7 +161,7 @@ async def test_steps_are_booked_whole_or_not_at_all(books: Books) -> None:
     split, dividend = await record(books, SPLIT, DIVIDEND)
     await books.admin.execute("ALTER TABLE receivable ADD CHECK (amount < 0)")
     with pytest.raises(IntegrityError):
-        await ActionsStore(books.engine).book(books.leases[0], [due(split), due(dividend)], AFTER)
+        await ActionsStore(books.engine).book(books.leases[0], [due(split), due(dividend)], AFTER, {})
     assert await ActionsStore(books.engine).applied(0) == {}
     assert await held(books) == {"p-1": (10, 1_000)}
 
@@ -174,7 +174,7 @@ async def test_many_steps_in_one_transaction_see_each_other(books: Books) -> Non
     )
     dividend, split, later = await record(books, DIVIDEND, SPLIT, second)
     steps = [due(dividend), due(split), due(later), due(dividend, 1)]
-    booked, new = await ActionsStore(books.engine).book(books.leases[0], steps, AFTER)
+    booked, new = await ActionsStore(books.engine).book(books.leases[0], steps, AFTER, {})
     assert new == [one.step for one in steps]
     assert [entry.receivable for entry in booked.entries if entry.portfolio_id == "p-1"] == [
         5 * 10**6,
@@ -187,7 +187,7 @@ async def test_many_steps_in_one_transaction_see_each_other(books: Books) -> Non
     assert [tuple(row) for row in owed] == [("p-1", "e", 4), ("p-2", "e", Decimal("-0.4"))]
     sums = await books.admin.fetch("SELECT receivables, income FROM portfolio ORDER BY id")
     assert [tuple(row) for row in sums] == [(4, 9), (Decimal("-0.4"), Decimal("-0.9"))]
-    again, new = await ActionsStore(books.engine).book(books.leases[0], [*steps, due(later, 1)], AFTER)
+    again, new = await ActionsStore(books.engine).book(books.leases[0], [*steps, due(later, 1)], AFTER, {})
     assert ([step.kind for step in new], len(again.entries)) == (["DIVIDEND_PAID"], 2)
 
 
@@ -216,3 +216,34 @@ async def test_an_early_fill_and_a_reversal_after_a_split_are_booked_in_new_shar
     outcome = await books.book(*numbered(early, timely, back, first=3), splits=splits)
     assert [entry.scale for entry in outcome.entries] == [4, None, 4]
     assert (await held(books))["p-1"] == (40 + 8 + 2, 1_000 + 200 + 50)
+
+
+async def test_splits_in_any_order_of_arrival_and_a_late_dividend_count_in_the_shares_of_the_day(
+    books: Books,
+) -> None:
+    """10 before everything, 6 between the splits: (10 × 2 + 6) × 3, and a dividend on the 10 of its ex-date."""
+    before, between, after = (EFFECTIVE_AT + timedelta(hours=hours) for hours in (-30, -10, -1))
+    early = SplitAction(action_id="early", symbol="AAPL", ratio="2", effective_at=EFFECTIVE_AT - timedelta(hours=20))
+    late = SplitAction(action_id="late", symbol="AAPL", ratio="3", effective_at=EFFECTIVE_AT - timedelta(hours=2))
+    dividend = DividendAction(
+        action_id="dv", symbol="AAPL", amount="1", ex_date=date(2026, 11, 18), pay_date=date(2026, 12, 4)
+    )
+    before -= timedelta(days=3)
+    events = [opening("p-1"), bought("p-1", "10", before), bought("p-1", "6", between), bought("p-1", "5", after)]
+    wrong = bought("p-1", "4", after)
+    back = {
+        "type": "reversal",
+        "event_id": "r",
+        "portfolio_id": "p-1",
+        "reverses": wrong["event_id"],
+        "effective_at": after.isoformat(),
+    }
+    await books.book(*numbered(*events, wrong, back))
+    store = ActionsStore(books.engine)
+    of_early, of_late, of_dividend = await record(books, early, late, dividend, at=AFTER)
+    for action in (of_late, of_early, of_dividend):
+        splits = applied_splits([of_early, of_late], await store.applied(0))
+        await store.book(books.leases[0], [due(action)], AFTER, splits)
+    assert (await held(books))["p-1"][0] == (10 * 2 + 6) * 3 + 5
+    accrued = await books.admin.fetchrow("SELECT quantity, receivable FROM ledger_entry WHERE kind LIKE 'DIVIDEND%'")
+    assert tuple(accrued) == (10, 10)

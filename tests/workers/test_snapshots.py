@@ -249,7 +249,7 @@ async def test_an_hour_in_which_nothing_comes_ends_by_the_wall_clock(
     recording, intake = recorder(twin, clock)
     offer(intake, START)
     assert await poll_at(recording, clock, START + HOUR + timedelta(seconds=1)) == 0, "a quote may still come"
-    monkeypatch.setattr("workers.boundaries.BOUNDARY_GRACE_S", 1e-9)
+    monkeypatch.setattr(recording._boundaries, "_grace_s", 1e-9)
     assert await recording.poll() == 1
 
 
