@@ -70,6 +70,7 @@ class Actions:
 class Quotes:
     def __init__(self) -> None:
         self.waiting = WaitingQuotes()
+        self.heard_ns: int | None = None
 
     def take(self, until_ns: int | None = None) -> list[Quote]:
         return self.waiting.take(until_ns)

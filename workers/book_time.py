@@ -93,7 +93,7 @@ class BookTime:
         """
         boundaries, quotes = self._boundaries, self._host.quotes
         now_ns = self._clock.now_ns()
-        boundaries.observe(now_ns, time.monotonic())
+        boundaries.observe(now_ns, time.monotonic(), quotes.heard_ns)
         moved: list[int] = []
         while True:
             boundary_ns = boundaries.pending_ns

@@ -4,7 +4,7 @@ The state at a boundary B is that of exactly the quotes with `ts_event` ≤ B. F
 the `sources` say: session closes, day cuts, instants of corporate actions. B is due once the clock has passed it and
 
     a quote stamped after B waits               feeds send in the order of time, so what belongs before B is here
-    or the grace of wall time went by           nothing comes any more
+    or the grace of wall time went by           nothing comes any more: the feed has been heard beyond B, or is silent
 
 BOUNDARY_GRACE_S by the world's clock. By a recorded market's, which may pass a day in that time, RECORDED_GRACE_S: what
 belongs before B is about to be sent by a process that may be busy. So the state is exact also in a replay, whose clock
@@ -40,6 +40,7 @@ class Boundaries:
         self._now_ns = self._graced_ns = passed_ns
         # The clock at wall instants not older than the grace: what it had reached then, nothing belongs before now.
         self._seen: deque[tuple[float, int]] = deque()
+        self._is_silent = True
         # The last interval between boundaries that was asked for: (since, boundary].
         self._answer = (0, 0)
 
@@ -61,11 +62,19 @@ class Boundaries:
         nexts = [(instant_ns // HOUR_NS + 1) * HOUR_NS, *(source(instant_ns) for source in self._sources)]
         return min(next_ns for next_ns in nexts if next_ns is not None)
 
-    def observe(self, now_ns: int, wall_s: float) -> None:
-        """Note what the clock says at a wall instant."""
+    def observe(self, now_ns: int, wall_s: float, heard_ns: int | None = None) -> None:
+        """Note what the clock says at a wall instant, and up to which instant the feed has been heard (None: now).
+
+        The grace of a boundary begins when the feed has been heard beyond it: a process that is behind with listening
+        does not take what it has not heard for silence.
+        """
         self._now_ns = now_ns
-        self._seen.append((wall_s, now_ns))
-        while self._seen[0][0] <= wall_s - self._grace_s:
+        if heard_ns is not None and self._is_silent:
+            # What looked like silence was this process not listening.
+            self._seen.clear()
+        self._is_silent = heard_ns is None
+        self._seen.append((wall_s, now_ns if heard_ns is None else min(now_ns, heard_ns)))
+        while self._seen and self._seen[0][0] <= wall_s - self._grace_s:
             self._graced_ns = self._seen.popleft()[1]
         self.refresh()
 

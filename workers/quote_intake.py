@@ -24,6 +24,7 @@ the two oldest become one, which is counted.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Collection
 
@@ -39,6 +40,7 @@ from engine.runtime.connections import AWAY, Outage, connect_redis, stopped_with
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 
+SILENT_AFTER_S = 2.5  # two heartbeats that did not come
 SILENCE_MAX_S = 5  # five missed heartbeats: the connection may be dead without having said so
 CLOSE_TIMEOUT_S = 1
 SEGMENTS_COUNT_MAX = 128  # five days of hours: far more than are passed between two flushes, and a bound on memory
@@ -150,11 +152,20 @@ class QuoteIntake:
         self.waiting = WaitingQuotes(boundary_of)
         self._numbers = FrameNumbers()
         self._heard_at_s = 0.0
+        self._frame_at_s, self._published_at_ns = -math.inf, 0
         # Set once `prices` has been read, so that no shard is valued before.
         self.ready = asyncio.Event()
 
     def last(self, symbol: str) -> Quote | None:
         return self._last.get(symbol)
+
+    @property
+    def heard_ns(self) -> int | None:
+        """By the publisher's clock, up to when its frames have come; None when it has been silent for SILENT_AFTER_S.
+
+        It sends one every second at least, so all that it published before that instant has been received.
+        """
+        return self._published_at_ns if time.monotonic() - self._frame_at_s < SILENT_AFTER_S else None
 
     def take(self, until_ns: int | None = None) -> list[Quote]:
         """Per symbol the last quote that waits for a flush, of those stamped up to `until_ns` when it is given."""
@@ -201,6 +212,7 @@ class QuoteIntake:
             except msgspec.MsgspecError as error:
                 _log.warning("bad_quote_frame", reason=str(error))
                 return
+            self._frame_at_s, self._published_at_ns = time.monotonic(), frame.published_at_ns
             if self._numbers.is_gap(frame):
                 telemetry.QUOTE_GAPS.inc()
                 await self._read_prices(redis)

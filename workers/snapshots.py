@@ -116,7 +116,7 @@ class PriceRecorder:
     def _advance(self) -> None:
         """Take what belongs to each boundary that is due."""
         boundaries, waiting = self._boundaries, self._quotes.waiting
-        boundaries.observe(self._clock.now_ns(), time.monotonic())
+        boundaries.observe(self._clock.now_ns(), time.monotonic(), self._quotes.heard_ns)
         while boundaries.is_due(boundary_ns := boundaries.pending_ns, waiting.is_beyond):
             self._last |= {quote.symbol: quote for quote in self._quotes.take(boundary_ns)}
             is_close = self._sessions is not None and self._sessions.last_close(boundary_ns) == boundary_ns

@@ -112,3 +112,25 @@ def test_what_is_remembered_of_the_clock_is_bounded_by_the_grace(looks: int) -> 
     for look in range(looks):
         boundaries.observe(START_NS + look, look / 1_000)
     assert len(boundaries._seen) <= BOUNDARY_GRACE_S * 1_000 + 1
+
+
+def test_the_grace_begins_when_the_feed_has_been_heard_beyond_the_boundary() -> None:
+    """A process that is behind with listening waits for what it has not heard yet."""
+    boundaries = Boundaries(START_NS, at(START_NS + 10))
+    nobody = lambda _: False  # noqa: E731
+    for wall_s in (1.0, 2.0, 3.0):
+        boundaries.observe(START_NS + 50, wall_s, START_NS + 5)
+        assert not boundaries.is_due(START_NS + 10, nobody)
+    boundaries.observe(START_NS + 50, 4.0, START_NS + 11)
+    assert not boundaries.is_due(START_NS + 10, nobody)
+    boundaries.observe(START_NS + 50, 4.0 + BOUNDARY_GRACE_S, START_NS + 11)
+    assert boundaries.is_due(START_NS + 10, nobody)
+
+
+def test_what_looked_like_silence_before_the_feed_was_heard_again_does_not_count() -> None:
+    boundaries = Boundaries(START_NS, at(START_NS + 10))
+    boundaries.observe(START_NS + 50, 1.0, START_NS + 5)
+    boundaries.observe(START_NS + 50, 9.0, None)
+    boundaries.observe(START_NS + 50, 9.1, START_NS + 6)
+    boundaries.observe(START_NS + 50, 9.0 + 2 * BOUNDARY_GRACE_S, START_NS + 7)
+    assert not boundaries.is_due(START_NS + 10, lambda _: False)
