@@ -186,6 +186,8 @@ class ActionBooking:
             telemetry.ACTION_HOLDERS_PASSED.inc()
             _log.error("holder_passed_over", code=letter.code, reason=letter.reason)
         owned.loaded = None  # what `take` read is older than this
+        # Positions without an entry (they were opened in new shares) are to name the split as well.
+        owned.positions_due |= any(one.step.scale is not None for one in due)
         owned.posting = True
         try:
             host = self._host

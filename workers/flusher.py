@@ -15,6 +15,7 @@ that positions read there are never older than what was written.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ from engine.book_columns import Int64s
 from engine.marks import FrameHeader
 from engine.posting import PositionsChange, allocation, hot_position
 from engine.runtime import telemetry
-from engine.runtime.clock import Clock, to_datetime
+from engine.runtime.clock import Clock, MarketClock, to_datetime
 from engine.runtime.connections import AWAY, Outage, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores.hot_state_redis import FlushOutcome
@@ -39,6 +40,8 @@ _log = structlog.get_logger(__name__)
 
 HEARTBEAT_INTERVAL_S = 1.0
 FRAME_AGE_MAX_S = 60.0
+# A recorded market cuts several days a second: what all positions are rewritten for, their day P&L, follows this late.
+RECORDED_POSITIONS_INTERVAL_S = 3.0
 HELD_INTERVAL_S = 0.01  # while quotes wait at a boundary it is looked at this often
 PORTFOLIOS_PER_STEP_MAX = 500  # how much of a take-over runs before other tasks get their turn
 
@@ -49,6 +52,7 @@ class Flusher:
         self._clock = clock
         self._host = host
         self._time = BookTime(settings, clock, host)
+        self._positions_interval_s = RECORDED_POSITIONS_INTERVAL_S if isinstance(clock, MarketClock) else 0
         self._outage = Outage("redis")
 
     @property
@@ -127,13 +131,14 @@ class Flusher:
         await self.store_cuts(owned)
         if not owned.published:
             await self.publish(owned)
-        elif owned.positions_due:
+        elif owned.positions_due and time.monotonic() - owned.positions_written_at_s >= self._positions_interval_s:
             # Cleared first: a day cut may come while they are written, and makes them due again.
             owned.positions_due = False
+            owned.positions_written_at_s = time.monotonic()
             try:
                 await self.write_all_positions(owned)
             except BaseException:
-                owned.positions_due = True
+                owned.positions_due, owned.positions_written_at_s = True, -math.inf
                 raise
 
     async def store_cuts(self, owned: OwnedShard) -> None:

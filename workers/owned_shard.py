@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -38,6 +39,7 @@ class OwnedShard:
     flushed_at_s: float = 0.0
     published: bool = False
     positions_due: bool = False
+    positions_written_at_s: float = -math.inf
     # True while a batch is on its way from the ledger to hot positions: a mark is never ahead of its positions.
     posting: bool = False
     cuts_due: list[tuple[int, list[Baseline]]] = field(default_factory=list)

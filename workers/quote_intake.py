@@ -43,7 +43,7 @@ from engine.stores import redis_keys
 SILENT_AFTER_S = 2.5  # two heartbeats that did not come
 SILENCE_MAX_S = 5  # five missed heartbeats: the connection may be dead without having said so
 CLOSE_TIMEOUT_S = 1
-SEGMENTS_COUNT_MAX = 128  # five days of hours: far more than are passed between two flushes, and a bound on memory
+SEGMENTS_COUNT_MAX = 1_024  # a recorded year of daily bars has as many instants; an hour of a live market is one
 PUBLISHERS_COUNT_MAX = 8  # only the last ones matter; one that is gone never speaks again
 
 _log = structlog.get_logger(__name__)
