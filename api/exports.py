@@ -30,7 +30,6 @@ import asyncpg
 import orjson
 import structlog
 from fastapi import APIRouter
-from graphql import GraphQLError
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
@@ -222,7 +221,7 @@ def read_selection(parameters: QueryParams) -> LedgerSelection:
         check_selection(selection)
     except KeyError as error:
         raise PublicError(ErrorCode.BAD_FILTER, f"there is no parameter {str(error)[:80]}") from None
-    except (SelectionError, ValueError, GraphQLError) as error:
+    except (SelectionError, ValueError) as error:
         raise PublicError(ErrorCode.BAD_FILTER, str(error)[:200]) from None
     return selection
 

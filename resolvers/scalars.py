@@ -28,18 +28,22 @@ def write_decimal(value: object) -> str:
     return plain(value)
 
 
+class ScalarError(GraphQLError, ValueError):
+    """Text that is no such scalar; in an operation it is an error of validation, also as a literal."""
+
+
 def read_decimal(value: object) -> Decimal:
-    """Raises GraphQLError, which is reported as an error of the argument."""
+    """Raises ScalarError, which is reported as an error of the argument."""
     if not isinstance(value, str):
-        raise GraphQLError("a Decimal is sent as a string")
+        raise ScalarError("a Decimal is sent as a string")
     if not value or len(value) > TEXT_LENGTH_MAX or not value.isascii() or "_" in value or value != value.strip():
-        raise GraphQLError("not a decimal number")
+        raise ScalarError("not a decimal number")
     try:
         number = Decimal(value)
     except InvalidOperation:
-        raise GraphQLError("not a decimal number") from None
+        raise ScalarError("not a decimal number") from None
     if not number.is_finite() or abs(number.adjusted()) > EXPONENT_MAX:
-        raise GraphQLError("not a finite decimal number of usual size")
+        raise ScalarError("not a finite decimal number of usual size")
     return number
 
 
@@ -57,19 +61,19 @@ def _instant_text(instant: datetime) -> str:
 
 
 def read_instant(value: object) -> datetime:
-    """Raises GraphQLError, which is reported as an error of the argument."""
+    """Raises ScalarError, which is reported as an error of the argument."""
     if not isinstance(value, str) or len(value) > TEXT_LENGTH_MAX:
-        raise GraphQLError("a DateTime is sent as a string")
+        raise ScalarError("a DateTime is sent as a string")
     try:
         instant = datetime.fromisoformat(value)
     except ValueError:
-        raise GraphQLError("not an RFC 3339 date and time") from None
+        raise ScalarError("not an RFC 3339 date and time") from None
     if instant.tzinfo is None:
-        raise GraphQLError("a DateTime needs an offset, for example Z")
+        raise ScalarError("a DateTime needs an offset, for example Z")
     try:
         return instant.astimezone(UTC)
     except OverflowError:
-        raise GraphQLError("a DateTime out of range") from None
+        raise ScalarError("a DateTime out of range") from None
 
 
 SCALARS: dict[Any, ScalarDefinition] = {
