@@ -41,13 +41,14 @@ class Check:
     """A finding and its shard.
 
     `is_kept`: the shard's owner has a lease, readers are pointed at its epoch, and it is not further behind the quotes
-    than their history reaches.
+    than their history reaches. `is_behind`: it has a lease and is.
     """
 
     finding: Finding
     shard: int
     shard_epoch: int
     is_kept: bool
+    is_behind: bool
 
 
 class PortfolioChecks:
@@ -105,7 +106,8 @@ class PortfolioChecks:
             tenure = records.tenures[shard]
             is_current = flushed_at_ns[shard] >= self._history.begins_at_ns
             is_kept = tenure.is_owned and hot[name].epoch == tenure.epoch and is_current
-            found[name] = Check(finding, shard, tenure.epoch, is_kept)
+            is_behind = tenure.is_owned and not is_current
+            found[name] = Check(finding, shard, tenure.epoch, is_kept, is_behind)
         return found
 
     def _compare(self, fold: Fold, records: Records, hot: HotPortfolio, entries: list[LedgerEntry]) -> Finding:

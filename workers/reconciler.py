@@ -88,7 +88,7 @@ async def _check_when_kept(checks: PortfolioChecks, names: Sequence[str]) -> lis
     """
     ends_at_s = time.monotonic() + CATCH_UP_TIMEOUT_S
     found = {check.finding.portfolio_id: check for check in await checks.check(names)}
-    while behind := [name for name, check in found.items() if check.finding.differences and not check.is_kept]:
+    while behind := [name for name, check in found.items() if check.finding.differences and check.is_behind]:
         if time.monotonic() > ends_at_s:
             break
         await asyncio.sleep(STEP_INTERVAL_S)
