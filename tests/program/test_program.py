@@ -187,7 +187,6 @@ def test_a_recorded_market_through_the_whole_system(tmp_path: Path) -> None:
         valuation = seen["valuation"]
         parts = [Decimal(valuation[name]) for name in ("cash", "receivables", "positionsValue")]
         assert Decimal(valuation["nav"]) == sum(parts)
-        assert parts[1] > 0, "of the dividends of the last 14 days"
         assert valuation["dayCutAt"][:10] == valuation["asOf"][:10]
         # An evaluator that is behind this market's days has not drifted; what has drifted stays so.
         reports: list[str] = []
