@@ -363,7 +363,6 @@ async def test_ledger_entry_fields(gateway: Gateway, portfolio_id: str) -> None:
         ({"from": "2026-01-05T09:33:00Z"}, [4, 3]),
         ({"to": "2026-01-05T09:33:00Z"}, [2, 1]),
         ({"from": "2026-01-05T10:32:00+01:00", "to": "2026-01-05T09:34:00Z"}, [3, 2]),
-        ({"symbol": "A\0PL"}, []),
     ],
 )
 async def test_ledger_filter(gateway: Gateway, portfolio_id: str, chosen: dict[str, str], expected: list[int]) -> None:
