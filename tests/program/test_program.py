@@ -166,8 +166,8 @@ def test_a_kept_directory_goes_on_where_it_stopped(tmp_path: Path, kept_director
 @pytest.mark.skipif(not RECORDING.exists(), reason=f"the recorded year is not at {RECORDING.name}'s usual place")
 @pytest.mark.timeout(180)
 def test_a_recorded_market_through_the_whole_system(tmp_path: Path) -> None:
-    """A quarter of the recorded year at five days a second, 30 portfolios × 15 positions."""
-    with system(tmp_path, "demo", "--replay", f"{RECORDING}@5", "--portfolios", "30"):
+    """Weeks of the recorded year at two days a second, 30 portfolios × 15 positions."""
+    with system(tmp_path, "demo", "--replay", f"{RECORDING}@2", "--portfolios", "30"):
         file = str(tmp_path / "ready.json")
         query = """{ portfolio(portfolioId: "demo-0001") {
             valuation { nav cash receivables positionsValue asOf dayCutAt quality }
@@ -175,7 +175,7 @@ def test_a_recorded_market_through_the_whole_system(tmp_path: Path) -> None:
 
         def a_month_in() -> bool:
             with suppress(AssertionError):
-                return ask(file, query)["portfolio"]["valuation"]["asOf"] > "2020-07-01"
+                return ask(file, query)["portfolio"]["valuation"]["asOf"] > "2020-05-15"
             return False
 
         wait_until(a_month_in, 60)
