@@ -65,13 +65,27 @@ class FrameNumbers:
         return frame.sequence > before + 1
 
 
+class _Segment:
+    """The quotes that wait for one boundary, by symbol; none of them is stamped before `since_ns`."""
+
+    __slots__ = ("quotes", "since_ns")
+
+    def __init__(self) -> None:
+        self.quotes: dict[str, Quote] = {}
+        self.since_ns = math.inf
+
+    def put(self, quote: Quote) -> None:
+        self.quotes[quote.symbol] = quote
+        self.since_ns = min(self.since_ns, quote.ts_event_ns)
+
+
 class WaitingQuotes:
     """What waits to be taken, in segments. `boundary_of` says the smallest boundary ≥ an instant."""
 
     def __init__(self, boundary_of: Callable[[int], int] | None = None) -> None:
         self.boundary_of = boundary_of or _no_boundary
-        # Boundary → symbol → quote, each quote in the segment of its instant; boundaries ascending.
-        self._segments: dict[int, dict[str, Quote]] = {}
+        # By boundary, each quote in the segment of its instant; boundaries ascending.
+        self._segments: dict[int, _Segment] = {}
 
     def add(self, quote: Quote) -> None:
         """Let the quote that was published last wait."""
@@ -79,12 +93,12 @@ class WaitingQuotes:
         if boundary_ns not in self._segments:
             boundary_ns = self._open(boundary_ns)
         segment = self._segments[boundary_ns]
-        conflated = quote.symbol in segment
-        segment[quote.symbol] = quote
-        if next(reversed(self._segments)) != boundary_ns:
-            for later_ns, later in self._segments.items():
-                if later_ns > boundary_ns:
-                    conflated |= later.pop(quote.symbol, None) is not None
+        conflated = quote.symbol in segment.quotes
+        segment.put(quote)
+        for later_ns in reversed(self._segments):
+            if later_ns == boundary_ns:
+                break
+            conflated |= self._segments[later_ns].quotes.pop(quote.symbol, None) is not None
         if conflated:
             telemetry.QUOTES_CONFLATED.inc()
 
@@ -93,13 +107,12 @@ class WaitingQuotes:
         taken: dict[str, Quote] = {}
         for boundary_ns, segment in list(self._segments.items()):
             if until_ns is None or boundary_ns <= until_ns:
-                taken |= self._segments.pop(boundary_ns)
-                continue
+                taken |= self._segments.pop(boundary_ns).quotes
             # Boundaries may have come into being since it was filled: a segment can lie on both sides of this one.
-            for symbol in [symbol for symbol, quote in segment.items() if quote.ts_event_ns <= until_ns]:
-                taken[symbol] = segment.pop(symbol)
-            if not segment:
-                del self._segments[boundary_ns]
+            elif segment.since_ns <= until_ns:
+                due = [symbol for symbol, quote in segment.quotes.items() if quote.ts_event_ns <= until_ns]
+                taken |= {symbol: segment.quotes.pop(symbol) for symbol in due}
+                segment.since_ns = min((quote.ts_event_ns for quote in segment.quotes.values()), default=math.inf)
         return list(taken.values())
 
     def is_beyond(self, instant_ns: int) -> bool:
@@ -108,17 +121,21 @@ class WaitingQuotes:
             quote.ts_event_ns > instant_ns
             for boundary_ns, segment in self._segments.items()
             if boundary_ns > instant_ns
-            for quote in segment.values()
+            for quote in segment.quotes.values()
         )
 
     def _open(self, boundary_ns: int) -> int:
         """Begin a segment, merging the two oldest when there are too many; returns the boundary of what it lies in."""
-        self._segments[boundary_ns] = {}
-        self._segments = dict(sorted(self._segments.items()))
+        is_last = not self._segments or boundary_ns > next(reversed(self._segments))
+        self._segments[boundary_ns] = _Segment()
+        if not is_last:
+            self._segments = dict(sorted(self._segments.items()))
         if len(self._segments) <= SEGMENTS_COUNT_MAX:
             return boundary_ns
         oldest_ns, second_ns = list(self._segments)[:2]
-        self._segments[second_ns] = self._segments.pop(oldest_ns) | self._segments[second_ns]
+        oldest, second = self._segments.pop(oldest_ns), self._segments[second_ns]
+        second.quotes = oldest.quotes | second.quotes
+        second.since_ns = min(oldest.since_ns, second.since_ns)
         telemetry.QUOTE_SEGMENTS_MERGED.inc()
         return max(boundary_ns, second_ns)
 
