@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -49,10 +50,14 @@ class Books:
     buried: list[DeadLetter]
 
     async def book(
-        self, *records: Record, shard: int = 0, splits: Mapping[str, Sequence[AppliedSplit]] | None = None
+        self,
+        *records: Record,
+        shard: int = 0,
+        splits: Mapping[str, Sequence[AppliedSplit]] | None = None,
+        at: datetime = AT,
     ) -> Booked:
         return await self.writer.book(
-            self.leases[shard], records, await self.next_offset(shard), NoMarks(), AT, self.bury, splits or {}
+            self.leases[shard], records, await self.next_offset(shard), NoMarks(), at, self.bury, splits or {}
         )
 
     async def bury(self, letters: Sequence[DeadLetter]) -> None:

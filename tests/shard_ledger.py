@@ -57,10 +57,16 @@ class ShardLedger:
     offset: int = 0
 
     async def book(self, *events: dict[str, Any], at: datetime = BEFORE) -> None:
+        """Book events that took place `at`."""
+
         async def bury(letters: object) -> None:
             raise AssertionError(letters)
 
-        records = [record(event, self.offset + n) for n, event in enumerate(events)]
+        took_place = [
+            event | {key: at.isoformat() for key in ("executed_at", "effective_at", "opened_at") if key in event}
+            for event in events
+        ]
+        records = [record(event, self.offset + n) for n, event in enumerate(took_place)]
         await LedgerWriter(self.engine).book(self.lease, records, self.offset, Marks(), at, bury, {})
         self.offset += len(events)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 from fractions import Fraction
 from math import prod
@@ -39,8 +39,6 @@ from engine.stores.ledger_postgres import Fenced, Lease, write_booked
 from engine.stores.ledger_rows import portfolio_of, position_of, read_scale
 from engine.stores.tables import corporate_action, portfolio, position, receivable, shard, shard_action, topic_offset
 
-# A fill is booked after it was executed; clocks of two machines may differ by this much.
-CLOCK_SKEW = timedelta(minutes=1)
 _ZERO = Decimal(0)
 _ORDER = (LedgerKind.SPLIT, LedgerKind.DIVIDEND_ACCRUED, LedgerKind.DIVIDEND_PAID)
 
@@ -199,7 +197,7 @@ class _Holders:
                 "places": [at for at, _ in moving],
                 "symbols": [step.symbol for _, step in moving],
                 "instants": [step.at for _, step in moving],
-                "from": min(step.at for _, step in moving) - CLOCK_SKEW,
+                "from": min(step.at for _, step in moving),
                 "split_symbols": [symbol for symbol, of in splits.items() for _ in of],
                 "split_instants": [one.effective_at for of in splits.values() for one in of],
             }
@@ -294,8 +292,7 @@ def _known(row: Any) -> KnownAction:
     return KnownAction(row.action_id, row.arrival, row.recorded_at, row.content_hash, steps)
 
 
-# Fills that took place at the step's instant or later and are booked already. The index on `recorded_at` bounds what is
-# read: nothing is booked before it takes place.
+# Fills that took place at the step's instant or later and are booked already; `from` is the first of these instants.
 _FILLED_SINCE = text(
     "SELECT place, portfolio_id, symbol, splits_after, sum(bought) AS bought FROM ("
     "SELECT asked.place, portfolio_id, ledger_entry.symbol, "
@@ -305,7 +302,7 @@ _FILLED_SINCE = text(
     "FROM ledger_entry JOIN portfolio ON portfolio.id = portfolio_id "
     "JOIN unnest(CAST(:places AS integer[]), CAST(:symbols AS text[]), CAST(:instants AS timestamptz[])) "
     "AS asked (place, symbol, at) ON asked.symbol = ledger_entry.symbol AND effective_at >= asked.at "
-    "WHERE ledger_entry.recorded_at >= :from AND portfolio.shard = :shard AND kind = 'FILL' AND reverses IS NULL "
+    "WHERE ledger_entry.effective_at >= :from AND portfolio.shard = :shard AND kind = 'FILL' AND reverses IS NULL "
     "AND NOT EXISTS (SELECT FROM ledger_entry AS back WHERE back.reverses = ledger_entry.event_id) "
     ") AS filled GROUP BY place, portfolio_id, symbol, splits_after"
 )

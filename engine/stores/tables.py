@@ -232,8 +232,9 @@ ledger_entry = Table(
         "sequence",
         postgresql_where=text("kind <> 'FILL'"),
     ),
-    # Rows lie in the order in which they were booked, so a block range index finds what is recent, at next to no cost.
-    Index("ledger_entry_recorded", "recorded_at", postgresql_using="brin"),
+    # Rows lie nearly in the order in which they took place, so a block range index finds what is recent at next to no
+    # cost. Not by `recorded_at`: an owner that lags behind stamps that with an instant before the fill's own.
+    Index("ledger_entry_effective", "effective_at", postgresql_using="brin"),
     # The time-weighted return is cut at these; there are few of them.
     Index(
         "ledger_entry_flows",

@@ -16,7 +16,7 @@ from engine.corporate_actions import CorporateAction, DividendAction, SplitActio
 from engine.ledger import LedgerKind
 from engine.stores.actions_postgres import ActionsStore, KnownAction, applied_splits
 from engine.stores.ledger_postgres import Fenced, Lease
-from tests.bookkeeping import cash, fill, opening
+from tests.bookkeeping import AT, cash, fill, opening
 from tests.books import LOG, Books, numbered, open_books
 
 EFFECTIVE_AT = datetime(2026, 11, 20, 14, 30, tzinfo=UTC)  # half an hour before bookkeeping.AT
@@ -111,13 +111,16 @@ async def test_a_split_is_booked_for_every_holder_of_the_shard_once(books: Books
     assert (split.split.scale, split.applied_at) == (4, AFTER)
 
 
-async def test_fills_booked_before_the_action_but_executed_after_it_are_in_new_shares_already(books: Books) -> None:
+@pytest.mark.parametrize("booked_at", [AT, EFFECTIVE_AT - timedelta(days=3)], ids=["timely", "by an owner far behind"])
+async def test_fills_booked_before_the_action_but_executed_after_it_are_in_new_shares_already(
+    books: Books, booked_at: datetime
+) -> None:
     """One bought more, one sold all, one sold short what it did not hold: all after the split, none of them aware."""
     await books.book(
         *numbered(opening("p-1"), opening("p-2"), opening("p-3"), bought("p-1", "10"), bought("p-2", "10")),
     )
     later = [bought("p-1", "8", AFTER), bought("p-2", "40", AFTER, "SELL"), bought("p-3", "5", AFTER, "SELL")]
-    await books.book(*numbered(*later, first=5))
+    await books.book(*numbered(*later, first=5), at=booked_at)
     (action,) = await record(books, SPLIT, at=AFTER)
     booked = await book(books, action)
     assert [entry.late for entry in booked.entries] == [True, True]
