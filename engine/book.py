@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.amounts import decimals_of
-from engine.book_columns import Column, Float64s, Int64s
+from engine.book_columns import Column, Float64s, Int64s, values_of
 from engine.marks import MARK, MarkArray, MarkQuality
 from engine.messages import Condition
 from engine.pnl import DayBase, day_ratio_e12
@@ -296,6 +296,10 @@ class Book:
             for symbol, row in self._rows[self._slot_of[portfolio_id]].items()
             for column in (self._columns[symbol],)
         ]
+
+    def values_of(self, slots: Int64s) -> list[dict[str, int]]:
+        """Of each slot the open positions' present values by symbol, in micro-units."""
+        return values_of(self._columns.values(), slots, len(self._id_of))
 
     def exposure(self, portfolio_id: str) -> tuple[int, int]:
         """Σ |value| and Σ |cost| of the open positions, in micro-units."""

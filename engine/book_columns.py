@@ -7,6 +7,7 @@ Rows [0, count) are in use. `values_at` is where quantities meet a price; engine
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from decimal import Decimal
 
 import numpy as np
@@ -114,3 +115,16 @@ class Column:
             new = np.zeros(grown, old.dtype)
             new[: self.count] = old[: self.count]
             setattr(self, name, new)
+
+
+def values_of(columns: Iterable[Column], slots: Int64s, slots_count: int) -> list[dict[str, int]]:
+    """Of each of these slots, of `slots_count` that there are, its positions' values by symbol, in micro-units."""
+    values: list[dict[str, int]] = [{} for _ in range(len(slots))]
+    place_of = np.full(slots_count, -1, np.int64)
+    place_of[slots] = np.arange(len(slots))
+    for column in columns:
+        places = place_of[column.holder[: column.count]]
+        rows = np.flatnonzero(places >= 0)
+        for place, value in zip(places[rows].tolist(), column.value[rows].tolist(), strict=True):
+            values[place][column.symbol] = value
+    return values

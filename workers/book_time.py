@@ -45,6 +45,7 @@ HOLD_MAX_S = 10.0
 QUALITY_CHECK_INTERVAL_S = 1.0
 QUALITY_CHECK_INTERVAL_NS = 60 * SECOND_NS
 DAY_CUT_DEFAULT = "00:00 UTC"
+LAG_TOLD_S = 10.0  # being behind the clock is told at this lag, and again after as much more
 FRAMES_KEPT_MAX = 8  # per shard, while Redis is away; a frame of 5,000 portfolios is 800 kB
 
 _log = structlog.get_logger(__name__)
@@ -70,6 +71,7 @@ class BookTime:
         self._held: tuple[int, float] | None = None
         self._checked = (0.0, 0)
         self._reported: set[str] = set()
+        self._lag_told_s = 0.0
 
     @property
     def as_of_ns(self) -> int:
@@ -104,10 +106,20 @@ class BookTime:
             self._take(boundary_ns)
             boundaries.pass_over(boundary_ns)
         as_of_ns = boundaries.reach(now_ns)
+        self._tell_lag(boundaries.lag_s(time.monotonic()))
         wall_s, (checked_at_s, checked_at_ns) = time.monotonic(), self._checked
         if wall_s - checked_at_s >= QUALITY_CHECK_INTERVAL_S or as_of_ns - checked_at_ns >= QUALITY_CHECK_INTERVAL_NS:
             self._check_qualities(as_of_ns)
         return as_of_ns, min(moved, default=0)
+
+    def _tell_lag(self, lag_s: float) -> None:
+        telemetry.BOOK_LAG.set(lag_s)
+        if lag_s >= self._lag_told_s + LAG_TOLD_S:
+            self._lag_told_s = lag_s
+            _log.warning("book_behind", lag_s=round(lag_s), as_of=to_datetime(self.reached_ns).isoformat())
+        elif not lag_s and self._lag_told_s:
+            self._lag_told_s = 0.0
+            _log.info("book_caught_up")
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -191,15 +203,9 @@ class BookTime:
         shards = book.shard[slots]
         for owned in self._host.owned.values():
             mine = slots[shards == owned.lease.shard]
-            baselines = [
-                Baseline(
-                    name,
-                    book.nav(name),
-                    int(book.ledger_sequence[slot]),
-                    {held.symbol: held.value for held in book.held(name)},
-                )
-                for slot, name in zip(mine.tolist(), book.portfolio_ids(mine), strict=True)
-            ]
+            sequences = book.ledger_sequence[mine].tolist()
+            of_each = zip(book.portfolio_ids(mine), sequences, book.values_of(mine), strict=True)
+            baselines = [Baseline(name, book.nav(name), sequence, values) for name, sequence, values in of_each]
             if baselines:
                 owned.cuts_due.append((cut_at_ns, baselines))
                 owned.positions_due = True

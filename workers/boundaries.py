@@ -41,6 +41,8 @@ class Boundaries:
         # The clock at wall instants not older than the grace: what it had reached then, nothing belongs before now.
         self._seen: deque[tuple[float, int]] = deque()
         self._is_silent = True
+        # The clock at wall instants a second apart, as long as it was beyond what has been passed.
+        self._behind: deque[tuple[float, int]] = deque()
         # The last interval between boundaries that was asked for: (since, boundary].
         self._answer = (0, 0)
 
@@ -77,6 +79,17 @@ class Boundaries:
         while self._seen and self._seen[0][0] <= wall_s - self._grace_s:
             self._graced_ns = self._seen.popleft()[1]
         self.refresh()
+
+    def lag_s(self, wall_s: float) -> float:
+        """For how long, by the wall clock, the pending boundary has been behind the clock; 0 when it is not."""
+        if self._now_ns < self.pending_ns:
+            self._behind.clear()
+            return 0.0
+        if not self._behind or wall_s - self._behind[-1][0] >= 1:
+            self._behind.append((wall_s, self._now_ns))
+        while len(self._behind) > 1 and self._behind[0][1] < self.pending_ns:
+            self._behind.popleft()
+        return wall_s - self._behind[0][0]
 
     def refresh(self) -> None:
         """The sources may have changed."""

@@ -80,6 +80,10 @@ class ActionSchedule:
             return None
         return quote
 
+    def unbooked_splits(self, now_ns: int) -> dict[str, int]:
+        """By symbol the instant of its first split that is due and that some shard of ours lacks."""
+        return {symbol: at_ns for symbol, at_ns in self._unbooked_splits.items() if at_ns <= now_ns}
+
     # -- asked by the evaluator ------------------------------------------------------------------------------
 
     async def refresh(self) -> None:

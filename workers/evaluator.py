@@ -43,7 +43,11 @@ from workers.flusher import Flusher, OwnedShard
 from workers.lifecycle import run_together
 from workers.quote_intake import QuoteIntake
 from workers.sector_map import SectorMap
+from workers.split_order import SplitOrder
 
+HELD_INTERVAL_S = 0.01  # fills that wait for a split are looked at this often
+# Kafka answers a fetch as soon as there are records; the embedded broker always lets it wait this long.
+FETCH_WAIT_MS = 50
 POLL_TIMEOUT_MS = 100  # how long a fetch waits for events; also how soon a claimed shard is taken up
 LEAVE_TIMEOUT_S = 5  # giving shards back is a courtesy: they expire anyway
 
@@ -66,6 +70,7 @@ class Evaluator:
         self.quotes = QuoteIntake(settings)
         actions_store = ActionsStore(self._engine)
         self.actions = ActionSchedule(actions_store)
+        self._split_order = SplitOrder(clock, self.actions)
         self.flusher = Flusher(settings, clock, self)
         self.booking = ActionBooking(settings, clock, actions_store, self)
         self._consumer: AIOKafkaConsumer
@@ -111,6 +116,7 @@ class Evaluator:
                 enable_auto_commit=False,
                 auto_offset_reset="none",
                 isolation_level="read_committed",
+                fetch_max_wait_ms=FETCH_WAIT_MS,
             )
             try:
                 await self.producer.start()
@@ -290,6 +296,11 @@ class Evaluator:
             for record in fetched
             if record.offset >= shard.next_offset  # type: ignore[attr-defined]
         ]
+        bookable = self._split_order.bookable(shard.lease.shard, records)
+        if len(bookable) < len(records):
+            self._consumer.seek(TopicPartition(self._settings.topic, shard.lease.shard), records[len(bookable)].offset)
+            await asyncio.sleep(HELD_INTERVAL_S)
+        records = list(bookable)
         if not records:
             return
         try:

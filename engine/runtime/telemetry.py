@@ -27,6 +27,9 @@ QUOTES_BEFORE_SPLIT = Counter(
     "navstream_quotes_before_split_total", "Quotes not applied because a later split is in the Book already"
 )
 QUOTES_WITHHELD = Counter("navstream_quotes_withheld_total", "Quotes of a symbol whose split could not be booked yet")
+FILLS_BEFORE_SPLIT = Counter(
+    "navstream_fills_before_split_total", "Fills in new shares booked before a split that could not be booked in time"
+)
 ACTIONS = Counter("navstream_corporate_actions_total", "Corporate actions read, by outcome", ["outcome"])
 ACTION_STEPS = Counter("navstream_corporate_action_steps_total", "Steps booked, by shard and kind", ["kind"])
 ACTION_HOLDERS_PASSED = Counter(
@@ -50,6 +53,7 @@ SNAPSHOT_GAPS = Counter("navstream_snapshot_gaps_total", "Grid instants without 
 SNAPSHOT_FRAMES = Counter("navstream_snapshot_frames_total", "Snapshot frames of a shard by outcome", ["outcome"])
 PRICE_CLOSES = Counter("navstream_price_closes_total", "Recorded prices written")
 PRICE_CLOSE_GAPS = Counter("navstream_price_close_gaps_total", "Grid instants without recorded prices")
+BOOK_LAG = Gauge("navstream_book_lag_seconds", "Wall time for which the oldest boundary that is due has been waiting")
 BOUNDARIES_FORCED = Counter("navstream_boundaries_forced_total", "Boundaries passed before all was booked up to them")
 DRIFT = Gauge("navstream_drift", "Sum over portfolios of |NAV shown - NAV of the ledger|, in currency units")
 DRIFT_PORTFOLIOS = Gauge("navstream_drift_portfolios", "Portfolios whose hot state is not what the ledger says")

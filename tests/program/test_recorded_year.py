@@ -92,8 +92,6 @@ async def counts(url: str) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def year() -> Year:
-    if "NAVSTREAM_YEAR_SPEED" not in os.environ:
-        pytest.skip("NAVSTREAM_YEAR_SPEED is not set: the whole year needs two cores of its own (5 is one minute)")
     if not RECORDING.exists():
         pytest.skip(f"the recorded year is not at {RECORDING.name}'s usual place")
     return read_year(RECORDING)

@@ -134,3 +134,21 @@ def test_what_looked_like_silence_before_the_feed_was_heard_again_does_not_count
     boundaries.observe(START_NS + 50, 9.1, START_NS + 6)
     boundaries.observe(START_NS + 50, 9.0 + 2 * BOUNDARY_GRACE_S, START_NS + 7)
     assert not boundaries.is_due(START_NS + 10, lambda _: False)
+
+
+def test_the_lag_is_for_how_long_the_pending_boundary_has_been_behind_the_clock() -> None:
+    """By the wall clock, to the second."""
+    boundaries = Boundaries(0)
+    assert lag_at(boundaries, HOUR_NS - 1, 0) == 0
+    for second in range(1, 6):
+        assert lag_at(boundaries, HOUR_NS * second, second) == second - 1
+    boundaries.pass_over(3 * HOUR_NS)
+    assert lag_at(boundaries, 6 * HOUR_NS, 6) == 2  # the fourth hour was full at second 4
+    for hour in (4, 5, 6):
+        boundaries.pass_over(hour * HOUR_NS)
+    assert lag_at(boundaries, 6 * HOUR_NS, 7) == 0
+
+
+def lag_at(boundaries: Boundaries, now_ns: int, wall_s: float) -> float:
+    boundaries.observe(now_ns, wall_s)
+    return boundaries.lag_s(wall_s)

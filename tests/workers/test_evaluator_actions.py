@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
@@ -98,6 +99,21 @@ async def test_an_announced_split_comes_between_the_last_old_quote_and_the_first
     assert after is not None and after.nav == (9_000 + 40 * 31) * MICRO
     assert [await kinds(system, name) for name in names] == [["OPEN", "DEPOSIT", "FILL", "SPLIT"]] * len(names)
     assert await system.pool.fetchval("SELECT bool_or(late) FROM ledger_entry") is False
+
+
+async def test_a_fill_in_new_shares_waits_for_the_split_and_moves_nav_by_nothing(system: System) -> None:
+    """It is there at the very instant of the split, before the boundary's grace is over."""
+    async with running(system.settings):
+        await bought(system, "p-1")
+        at = now() + timedelta(seconds=1)
+        await announce(system, split("s-1", at))
+        await until_answered(lambda: system.pool.fetchval("SELECT count(*) FROM corporate_action"))
+        await asyncio.sleep((at - now()).total_seconds() + 0.01)
+        executed = msgspec.structs.replace(fill("p-1", "BUY", "4", "30", "b-new"), executed_at=at)
+        await system.send(executed)
+        await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 5)
+    rows = await system.pool.fetch("SELECT kind, quantity, nav_effect FROM ledger_entry ORDER BY sequence OFFSET 3")
+    assert [tuple(row) for row in rows] == [("SPLIT", 30, 0), ("FILL", 4, 0)]
 
 
 async def test_until_a_new_quote_comes_the_old_price_counts_in_new_shares(system: System) -> None:
