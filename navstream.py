@@ -11,28 +11,23 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import msgspec
 import structlog
 import typer
 import uvloop
-from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from engine.ledger import LedgerKind
 from engine.runtime.clock import Clock, make_clock
+from engine.runtime.command_line import Ready, console, counting, errors, fail, settings_of
 from engine.runtime.connections import AWAY
-from engine.runtime.session_files import read_session_file
-from engine.runtime.settings import ReadyFile, Settings, read_ready_file
+from engine.runtime.settings import ReadyFile, Settings
 from engine.runtime.telemetry import start_telemetry
 from engine.stores.ledger_export import ExportFormat
+from workers import commands
 
 app = typer.Typer(
     help="Real-time portfolio intelligence: NAV, P&L and allocation, live over GraphQL.",
@@ -44,38 +39,8 @@ assets_app = typer.Typer(help="The asset catalogue.", no_args_is_help=True)
 app.add_typer(assets_app, name="assets")
 ledger_app = typer.Typer(help="The ledger as a file, and as evidence.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
-console = Console()
-errors = Console(stderr=True)
-
-READY_FILE = typer.Option("--ready-file", help="The ready file of a running system, in place of settings.")
-Ready = Annotated[Path | None, READY_FILE]
 Outcome = TypeVar("Outcome")
 Worker = Callable[[Settings, Clock, asyncio.Event], Coroutine[Any, Any, object]]
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """End with one clear line."""
-    errors.print(message, style="bold red", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(code)
-
-
-def settings_of(ready_file: Path | None, *needed: str) -> Settings:
-    """Settings from the environment, pointed at a ready file's system; `needed` ones must not be empty."""
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        fail("\n".join(f"NAVSTREAM_{item['loc'][0]}: {item['msg']}".upper() for item in error.errors()))
-    if ready_file is not None:
-        try:
-            settings = settings.using(read_ready_file(ready_file))
-        except (OSError, msgspec.MsgspecError) as error:
-            fail(f"{ready_file} is not a ready file: {error}")
-    if settings.sessions_file:
-        read_session_file(Path(settings.sessions_file))
-    missing = [f"NAVSTREAM_{name.upper()}" for name in needed if not getattr(settings, name)]
-    if missing:
-        fail(f"set {', '.join(missing)}, or name a running system with --ready-file")
-    return settings
 
 
 DEMO_OWNER = "demo"
@@ -281,84 +246,9 @@ def traders(
     run_worker("traders", settings, run)
 
 
-@app.command()
-def reconcile(ready_file: Ready = None) -> None:
-    """Compare hot state with a Decimal fold of the ledger for every portfolio; exit 1 on any difference, 3 when a
-    server is away.
-
-    Example: `navstream reconcile --ready-file ready.json`
-    """
-    from workers.reconciler import reconcile_once
-
-    settings = settings_of(ready_file, "redis_url", "postgres_url")
-    try:
-        report = asyncio.run(reconcile_once(settings))
-    except AWAY as error:
-        fail(f"could not reconcile: {type(error).__name__}: {error}", 3)
-    for difference in report.differences[:100]:
-        console.print(
-            f"{difference.portfolio_id} {difference.figure}: expected {difference.expected}, found {difference.found}",
-            highlight=False,
-            markup=False,
-        )
-    console.print(
-        f"{report.portfolios_count} portfolios, {report.entries_count} ledger entries, "
-        f"{len(report.differences)} differences",
-        highlight=False,
-    )
-    raise typer.Exit(1 if report.differences else 0)
-
-
-@app.command()
-def events(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="One JSON event a line.")],
-    ready_file: Ready = None,
-) -> None:
-    """Produce portfolio events and report how many were acknowledged; exit 1 when not all were.
-
-    Example: `navstream events fills.jsonl --ready-file ready.json`
-    """
-    from workers.producing import produce_events
-
-    produce_file(file, "events", partial(produce_events, settings_of(ready_file, "kafka_bootstrap")))
-
-
-@app.command()
-def actions(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="One JSON split or dividend a line.")],
-    ready_file: Ready = None,
-) -> None:
-    """Produce corporate actions and report how many were acknowledged; exit 1 when not all were.
-
-    Each takes effect for every holder at its instant; one that comes later than that does so on arrival, flagged late.
-
-    Example: `navstream actions splits.jsonl --ready-file ready.json`
-    """
-    from workers.producing import produce_actions
-
-    produce_file(file, "actions", partial(produce_actions, settings_of(ready_file, "kafka_bootstrap")))
-
-
-@contextmanager
-def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, beside standard output, that is told how much is done and of how much."""
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors) as shown:
-        task = shown.add_task(unit, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
-
-
-def produce_file(file: Path, name: str, produce: Callable[..., Coroutine[Any, Any, int]]) -> NoReturn:
-    """Produce the lines of a file, with progress; ends the program."""
-    with file.open("rb") as lines:
-        total = sum(1 for line in lines if line.strip())
-    with counting("acknowledged") as progress, file.open("rb") as lines:
-        try:
-            acknowledged = asyncio.run(produce(lines, lambda count: progress(count, total)))
-        except AWAY as error:
-            fail(f"could not produce: {type(error).__name__}: {error}", 3)
-    console.print(f"{acknowledged} of {total} {name} acknowledged", highlight=False)
-    raise typer.Exit(0 if acknowledged == total else 1)
+for command in (commands.reconcile, commands.events, commands.actions):
+    app.command()(command)
+assets_app.command("load")(commands.load)
 
 
 @app.command()
@@ -398,24 +288,6 @@ def schema(
         console.print("schema.graphql is what the code says")
     else:
         sys.stdout.write(sdl)
-
-
-@assets_app.command("load")
-def assets_load(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="symbol,name,asset_class,sector,industry")],
-    ready_file: Ready = None,
-) -> None:
-    """Add assets to the catalogue, or change their classification. Example: `navstream assets load my_assets.csv`"""
-    from workers.catalogue import load_assets
-
-    settings = settings_of(ready_file, "postgres_url")
-    try:
-        count = asyncio.run(load_assets(settings, file.read_text()))
-    except ValueError as error:
-        fail(f"{file}: {error}")
-    except AWAY as error:
-        fail(f"could not load: {type(error).__name__}: {error}", 3)
-    console.print(f"{count} assets loaded", highlight=False)
 
 
 def run_ledger(portfolio: str | None, work: Coroutine[Any, Any, Outcome]) -> Outcome:
