@@ -245,15 +245,19 @@ async def _fill_hot_state(settings: Settings) -> None:
 
 
 async def until_listening(settings: Settings) -> None:
+    """Until the API answers from PostgreSQL."""
+    token = issue_token(settings, "bench", "admin", 3_600, datetime.now(UTC))
     async with asyncio.timeout(60):
         while True:
             try:
-                _, writer = await asyncio.open_connection("127.0.0.1", settings.port)
-            except OSError:
-                await asyncio.sleep(0.1)
-            else:
+                reader, writer = await asyncio.open_connection("127.0.0.1", settings.port)
+                body = await post(reader, writer, token, {"query": '{ portfolio(portfolioId: "p-0") { name } }'})
                 writer.close()
-                return
+                if b"UNAVAILABLE" not in body:
+                    return
+            except (OSError, EOFError):
+                pass
+            await asyncio.sleep(0.1)
 
 
 async def _latencies(settings: Settings, query: str, field: str) -> list[float]:

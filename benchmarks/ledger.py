@@ -25,6 +25,7 @@ from api.auth import issue_token
 from benchmarks.dashboard import post
 from benchmarks.history import LOG_ID, until_listening
 from benchmarks.report import Figure, Report, quantile
+from benchmarks.seed_load import ASSET_COLUMNS
 from engine.runtime.connections import make_engine
 from engine.runtime.embedded import start_embedded
 from engine.runtime.embedded_start import free_port
@@ -119,7 +120,7 @@ async def fill_database(settings: Settings) -> int:
     await engine.dispose()
     connection = await asyncpg.connect(settings.postgres_url)
     assets = [(f"A{number}", f"A{number}", "EQUITY", "Sector", "") for number in range(15)]
-    await connection.copy_records_to_table("asset", records=assets)
+    await connection.copy_records_to_table("asset", records=assets, columns=ASSET_COLUMNS)
     await connection.execute(_PORTFOLIOS, PORTFOLIOS_COUNT, SHARDS, OPENED_AT, ROUNDS_COUNT, LARGE_COUNT)
     step = SPAN / ROUNDS_COUNT
     for first in range(1, ROUNDS_COUNT + 1, ROUNDS_AT_ONCE):

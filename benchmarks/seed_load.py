@@ -29,6 +29,7 @@ ZIPF_EXPONENT = 0.8
 SEED = 20_261_122
 OPENED_AT = datetime(2026, 11, 1, tzinfo=UTC)
 DEPOSIT = "10000000"
+ASSET_COLUMNS = ["symbol", "name", "asset_class", "sector", "industry"]
 
 
 def portfolio_id(number: int) -> str:
@@ -136,7 +137,7 @@ async def fill_database(postgres_url: str, load: Load, shard_of: dict[str, int])
         columns = list(rows[0])
     connection = await asyncpg.connect(postgres_url)
     assets = [(load.symbol(n), load.symbol(n), "EQUITY", f"Sector {n % 11}", "") for n in range(ASSETS_COUNT)]
-    await connection.copy_records_to_table("asset", records=assets)
+    await connection.copy_records_to_table("asset", records=assets, columns=ASSET_COLUMNS)
     await connection.copy_records_to_table("portfolio", records=accounts)
     await connection.copy_records_to_table("position", records=positions)
     await connection.copy_records_to_table("ledger_entry", records=entries, columns=columns)
