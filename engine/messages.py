@@ -221,15 +221,17 @@ class Quote(msgspec.Struct, frozen=True, array_like=True):
 
 
 class QuoteFrame(msgspec.Struct, frozen=True, array_like=True):
-    """What travels on the channel `quotes`: at most one quote per symbol, the latest.
+    """What travels on the channel `quotes`, in the order in which it counts: of each symbol the latest quote, and the
+    latest of every second before.
 
     `sequence` grows by one per frame of one `publisher` (a process's random id); a gap means that frames were
-    lost and `prices` is to be read again. An empty frame is a heartbeat.
+    lost and `prices` is to be read again. An empty frame is a heartbeat. Time is settled up to `settled_ns`: a quote
+    stamped up to there that comes in a later frame is late, for everybody alike.
     """
 
     publisher: str
     sequence: int
-    published_at_ns: int
+    settled_ns: int
     quotes: list[Quote]
 
 

@@ -22,6 +22,7 @@ from engine.runtime.settings import Settings
 from engine.stores.hot_state_redis import HotStateWriter
 from engine.stores.ledger_postgres import Lease
 from workers import book_time
+from workers.badge_proving import BadgeProving
 from workers.book_time import BookTime
 from workers.owned_shard import OwnedShard
 from workers.quote_intake import WaitingQuotes
@@ -70,7 +71,7 @@ class Actions:
 class Quotes:
     def __init__(self) -> None:
         self.waiting = WaitingQuotes()
-        self.heard_ns: int | None = None
+        self.settled_ns: int | None = None
 
     def take(self, until_ns: int | None = None) -> list[Quote]:
         return self.waiting.take(until_ns)
@@ -98,6 +99,7 @@ class Stage:
         self.owned: dict[int, OwnedShard] = {0: OwnedShard(Lease(0, 7, "log"), 0, published=True)}
         self.lost: list[int] = []
         self.shards: Any = None
+        self.badges = BadgeProving(None, self)  # type: ignore[arg-type]
         self.settings = Settings(**settings)
         self.time = BookTime(self.settings, self.clocks, self)  # type: ignore[arg-type]
 
@@ -111,17 +113,22 @@ class Stage:
         self.hot.layout.place(self.book.slot(name), name)
 
     def quote(self, price: str, at: datetime, symbol: str = "AAPL", condition: Condition = "") -> None:
+        """The feed sends in order: what is stamped before is here."""
         self.quotes.waiting.add(Quote(symbol, price, to_ns(at), "feed", None, condition))
+        self.quotes.settled_ns = max(self.quotes.settled_ns or 0, to_ns(at) - 1)
 
     def advance(self, now: datetime, wall_s: float = 0.05) -> datetime:
-        """Both clocks go on and the Book with them; returns the instant that it stands at then."""
+        """Both clocks go on and the Book with them; returns the instant that it stands at then. The feed is silent from
+        then on."""
         self.clocks.now = now
         self.clocks.wall_s += wall_s
-        return instant(self.time.advance()[0])
+        reached_ns = self.time.advance()[0]
+        self.quotes.settled_ns = None
+        return instant(reached_ns)
 
     def settle(self, now: datetime) -> datetime:
         """As `advance`, and as often again as lets the grace of boundaries pass."""
-        for _ in range(6):
+        for _ in range(7):
             reached = self.advance(now)
         return reached
 

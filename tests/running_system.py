@@ -29,6 +29,7 @@ from engine.runtime.connections import connect_redis, postgres_dsn
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 from workers.evaluator import Evaluator
+from workers.quotes import GRACE_NS
 
 AT = datetime(2026, 11, 20, 15, 0, tzinfo=UTC)
 MICRO = 1_000_000
@@ -91,7 +92,7 @@ class System:
         now_ns = WallClock().now_ns()
         self._frames += 1
         quote = Quote(symbol, price, now_ns if ts_event_ns is None else ts_event_ns, "test", self._frames)
-        frame = QuoteFrame("test", self._frames, now_ns, [quote])
+        frame = QuoteFrame("test", self._frames, now_ns - GRACE_NS, [quote])
         await self.redis.hset(redis_keys.PRICES, symbol, quote_encoder.encode(quote))
         await self.redis.publish(redis_keys.QUOTES_CHANNEL, quote_frame_encoder.encode(frame))
 

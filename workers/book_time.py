@@ -11,7 +11,8 @@ What is done at B, when every quote of up to B and none of beyond is in the Book
 
 Of several full hours that are passed at once only the last has frames, the others are gaps; a session close always
 has. What holds B up does so for HOLD_MAX_S of wall time, then B is passed and that is counted. A shard that is being
-loaded holds B up as well, so that no state is taken of one that is half in the Book.
+loaded holds B up as well, so that no state is taken of one that is half in the Book, and so does a batch that is being
+booked, so that the state at B has every entry that is stamped up to it.
 
 Marks are stamped with `as_of_ns`: the clock, but never beyond a boundary that has not been taken. So a day cut is
 never later than the marks that count from it, and no mark without a cut is later than it.
@@ -67,6 +68,7 @@ class BookTime:
         )
         host.quotes.waiting.boundary_of = self._boundaries.of
         self._loads_count = 0
+        self._bookings_count = 0
         # The boundary that is held up, since when by the wall clock.
         self._held: tuple[int, float] | None = None
         self._checked = (0.0, 0)
@@ -95,13 +97,13 @@ class BookTime:
         """
         boundaries, quotes = self._boundaries, self._host.quotes
         now_ns = self._clock.now_ns()
-        boundaries.observe(now_ns, time.monotonic(), quotes.heard_ns)
+        boundaries.observe(now_ns, time.monotonic(), quotes.settled_ns)
         moved: list[int] = []
         while True:
             boundary_ns = boundaries.pending_ns
             at_ns = min(now_ns, boundary_ns)
             moved += self._apply(quotes.take(boundary_ns), at_ns)
-            if not boundaries.is_due(boundary_ns, quotes.waiting.is_beyond) or self._is_held(boundary_ns):
+            if not boundaries.is_due(boundary_ns) or self._is_held(boundary_ns):
                 break
             self._take(boundary_ns)
             boundaries.pass_over(boundary_ns)
@@ -129,6 +131,18 @@ class BookTime:
             yield
         finally:
             self._loads_count -= 1
+
+    @contextmanager
+    def booking(self) -> Iterator[None]:
+        """While a batch is on its way into the ledger and the Book no boundary is passed, or not for HOLD_MAX_S.
+
+        What is stamped up to a boundary is in the state at it then.
+        """
+        self._bookings_count += 1
+        try:
+            yield
+        finally:
+            self._bookings_count -= 1
 
     def last_cut(self, day_cut: str) -> int:
         """The last cut of this kind that the Book has reached. One that nothing can read any more is the default."""
@@ -166,7 +180,7 @@ class BookTime:
         return day_cut
 
     def _is_held(self, boundary_ns: int) -> bool:
-        if not self._host.actions.holds(boundary_ns) and not self._loads_count:
+        if not self._host.actions.holds(boundary_ns) and not self._loads_count and not self._bookings_count:
             self._held = None
             return False
         wall_s = time.monotonic()
@@ -175,7 +189,8 @@ class BookTime:
         if wall_s - self._held[1] < HOLD_MAX_S:
             return True
         telemetry.BOUNDARIES_FORCED.inc()
-        _log.warning("boundary_forced", boundary=to_datetime(boundary_ns).isoformat(), loads=self._loads_count)
+        under_way = {"loads": self._loads_count, "bookings": self._bookings_count}
+        _log.warning("boundary_forced", boundary=to_datetime(boundary_ns).isoformat(), **under_way)
         return False
 
     def _take(self, boundary_ns: int) -> None:
@@ -186,7 +201,7 @@ class BookTime:
         is_close = sessions is not None and sessions.last_close(boundary_ns) == boundary_ns
         if boundary_ns % HOUR_NS and not is_close:
             return
-        if not is_close and self._boundaries.is_due(boundary_ns + HOUR_NS, self._host.quotes.waiting.is_beyond):
+        if not is_close and self._boundaries.is_due(boundary_ns + HOUR_NS):
             telemetry.SNAPSHOT_GAPS.inc()
             return
         self._check_qualities(boundary_ns)

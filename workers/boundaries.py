@@ -1,14 +1,11 @@
 """Boundaries: the instants at which the state of all portfolios is taken, and when it may be.
 
-The state at a boundary B is that of exactly the quotes with `ts_event` ≤ B. Full UTC hours are boundaries, and whatever
-the `sources` say: session closes, day cuts, instants of corporate actions. B is due once the clock has passed it and
-
-    a quote stamped after B waits               feeds send in the order of time, so what belongs before B is here
-    or the grace of wall time went by           nothing comes any more: the feed has been heard beyond B, or is silent
-
-BOUNDARY_GRACE_S by the world's clock. By a recorded market's, which may pass a day in that time, RECORDED_GRACE_S: what
-belongs before B is about to be sent by a process that may be busy. So the state is exact also in a replay, whose clock
-runs through a day of boundaries between two flushes.
+The state at a boundary B is that of exactly the quotes with `ts_event` ≤ B that were published before B was settled.
+Full UTC hours are boundaries, and whatever the `sources` say: session closes, day cuts, instants of corporate actions.
+B is due once the clock has passed it and the quotes worker has settled it (`QuoteFrame.settled_ns`), which is the same
+moment in the stream of frames for everybody who listens. While that worker is silent, nothing comes that could belong
+before B: then it is due after a grace of wall time, BOUNDARY_GRACE_S by the world's clock, RECORDED_GRACE_S by a
+recorded market's, which passes days in that time.
 """
 
 from __future__ import annotations
@@ -37,10 +34,9 @@ class Boundaries:
         self.passed_ns = passed_ns
         self._grace_s = grace_s
         self._sources = sources
-        self._now_ns = self._graced_ns = passed_ns
-        # The clock at wall instants not older than the grace: what it had reached then, nothing belongs before now.
-        self._seen: deque[tuple[float, int]] = deque()
-        self._is_silent = True
+        self._now_ns = self._settled_ns = passed_ns
+        # While it is silent: the clock at wall instants not older than the grace.
+        self._silent: deque[tuple[float, int]] = deque()
         # The clock at wall instants a second apart, as long as it was beyond what has been passed.
         self._behind: deque[tuple[float, int]] = deque()
         # The last interval between boundaries that was asked for: (since, boundary].
@@ -64,20 +60,17 @@ class Boundaries:
         nexts = [(instant_ns // HOUR_NS + 1) * HOUR_NS, *(source(instant_ns) for source in self._sources)]
         return min(next_ns for next_ns in nexts if next_ns is not None)
 
-    def observe(self, now_ns: int, wall_s: float, heard_ns: int | None = None) -> None:
-        """Note what the clock says at a wall instant, and up to which instant the feed has been heard (None: now).
-
-        The grace of a boundary begins when the feed has been heard beyond it: a process that is behind with listening
-        does not take what it has not heard for silence.
-        """
+    def observe(self, now_ns: int, wall_s: float, settled_ns: int | None = None) -> None:
+        """Note what the clock says at a wall instant, and up to where time is settled (None: nobody says)."""
         self._now_ns = now_ns
-        if heard_ns is not None and self._is_silent:
-            # What looked like silence was this process not listening.
-            self._seen.clear()
-        self._is_silent = heard_ns is None
-        self._seen.append((wall_s, now_ns if heard_ns is None else min(now_ns, heard_ns)))
-        while self._seen and self._seen[0][0] <= wall_s - self._grace_s:
-            self._graced_ns = self._seen.popleft()[1]
+        if settled_ns is not None:
+            self._silent.clear()
+        else:
+            self._silent.append((wall_s, now_ns))
+            settled_ns = self._settled_ns
+            while self._silent[0][0] <= wall_s - self._grace_s:
+                settled_ns = self._silent.popleft()[1]
+        self._settled_ns = max(self._settled_ns, min(now_ns, settled_ns))
         self.refresh()
 
     def lag_s(self, wall_s: float) -> float:
@@ -95,9 +88,9 @@ class Boundaries:
         """The sources may have changed."""
         self._answer = (0, 0)
 
-    def is_due(self, boundary_ns: int, is_beyond: Callable[[int], bool]) -> bool:
-        """Whether the state at a boundary may be taken; `is_beyond` says whether a quote stamped after it waits."""
-        return boundary_ns <= self._now_ns and (boundary_ns <= self._graced_ns or is_beyond(boundary_ns))
+    def is_due(self, boundary_ns: int) -> bool:
+        """Whether the state at a boundary may be taken."""
+        return boundary_ns <= self._settled_ns
 
     def pass_over(self, boundary_ns: int) -> None:
         """The boundary has been taken."""

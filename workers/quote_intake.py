@@ -7,6 +7,8 @@ each, and `take(B)` hands out
     per symbol the last one published among those with `ts_event` ≤ B
 
 A quote published later with an earlier instant takes the place of those in later segments too: published last is right.
+One that is stamped up to where time is settled already (QuoteFrame.settled_ns) is late: it counts just after that, for
+everybody, however far each has got meanwhile.
 
 The latest is what the quotes worker published last; `ts_event` and sequences were judged there (engine.quotes) and are
 not compared again, so that the Book can not come to disagree with `prices`. Quotes are taken in the order of frames.
@@ -66,17 +68,18 @@ class FrameNumbers:
 
 
 class _Segment:
-    """The quotes that wait for one boundary, by symbol; none of them is stamped before `since_ns`."""
+    """The quotes that wait for one boundary, by symbol, each with the instant it counts at, the first of them
+    `since_ns`."""
 
     __slots__ = ("quotes", "since_ns")
 
     def __init__(self) -> None:
-        self.quotes: dict[str, Quote] = {}
+        self.quotes: dict[str, tuple[int, Quote]] = {}
         self.since_ns = math.inf
 
-    def put(self, quote: Quote) -> None:
-        self.quotes[quote.symbol] = quote
-        self.since_ns = min(self.since_ns, quote.ts_event_ns)
+    def put(self, quote: Quote, at_ns: int) -> None:
+        self.quotes[quote.symbol] = at_ns, quote
+        self.since_ns = min(self.since_ns, at_ns)
 
 
 class WaitingQuotes:
@@ -84,17 +87,20 @@ class WaitingQuotes:
 
     def __init__(self, boundary_of: Callable[[int], int] | None = None) -> None:
         self.boundary_of = boundary_of or _no_boundary
+        # Time is settled up to here: what comes now and is stamped before is late, and counts just after.
+        self.settled_ns = 0
         # By boundary, each quote in the segment of its instant; boundaries ascending.
         self._segments: dict[int, _Segment] = {}
 
     def add(self, quote: Quote) -> None:
         """Let the quote that was published last wait."""
-        boundary_ns = self.boundary_of(quote.ts_event_ns)
+        at_ns = max(quote.ts_event_ns, self.settled_ns + 1)
+        boundary_ns = self.boundary_of(at_ns)
         if boundary_ns not in self._segments:
             boundary_ns = self._open(boundary_ns)
         segment = self._segments[boundary_ns]
         conflated = quote.symbol in segment.quotes
-        segment.put(quote)
+        segment.put(quote, at_ns)
         for later_ns in reversed(self._segments):
             if later_ns == boundary_ns:
                 break
@@ -107,22 +113,15 @@ class WaitingQuotes:
         taken: dict[str, Quote] = {}
         for boundary_ns, segment in list(self._segments.items()):
             if until_ns is None or boundary_ns <= until_ns:
-                taken |= self._segments.pop(boundary_ns).quotes
+                taken |= {symbol: quote for symbol, (_, quote) in self._segments.pop(boundary_ns).quotes.items()}
             # Boundaries may have come into being since it was filled: a segment can lie on both sides of this one.
             elif segment.since_ns <= until_ns:
-                due = [symbol for symbol, quote in segment.quotes.items() if quote.ts_event_ns <= until_ns]
-                taken |= {symbol: segment.quotes.pop(symbol) for symbol in due}
-                segment.since_ns = min((quote.ts_event_ns for quote in segment.quotes.values()), default=math.inf)
+                due = [symbol for symbol, (at_ns, _) in segment.quotes.items() if at_ns <= until_ns]
+                taken |= {symbol: segment.quotes.pop(symbol)[1] for symbol in due}
+                segment.since_ns = min((at_ns for at_ns, _ in segment.quotes.values()), default=math.inf)
+            if not segment.quotes:
+                self._segments.pop(boundary_ns, None)
         return list(taken.values())
-
-    def is_beyond(self, instant_ns: int) -> bool:
-        """Whether a quote stamped after `instant_ns` waits."""
-        return any(
-            quote.ts_event_ns > instant_ns
-            for boundary_ns, segment in self._segments.items()
-            if boundary_ns > instant_ns
-            for quote in segment.quotes.values()
-        )
 
     def _open(self, boundary_ns: int) -> int:
         """Begin a segment, merging the two oldest when there are too many; returns the boundary of what it lies in."""
@@ -169,7 +168,7 @@ class QuoteIntake:
         self.waiting = WaitingQuotes(boundary_of)
         self._numbers = FrameNumbers()
         self._heard_at_s = 0.0
-        self._frame_at_s, self._published_at_ns = -math.inf, 0
+        self._frame_at_s = -math.inf
         # Set once `prices` has been read, so that no shard is valued before.
         self.ready = asyncio.Event()
 
@@ -177,12 +176,9 @@ class QuoteIntake:
         return self._last.get(symbol)
 
     @property
-    def heard_ns(self) -> int | None:
-        """By the publisher's clock, up to when its frames have come; None when it has been silent for SILENT_AFTER_S.
-
-        It sends one every second at least, so all that it published before that instant has been received.
-        """
-        return self._published_at_ns if time.monotonic() - self._frame_at_s < SILENT_AFTER_S else None
+    def settled_ns(self) -> int | None:
+        """Up to where time is settled, says the quotes worker; None when it has been silent for SILENT_AFTER_S."""
+        return self.waiting.settled_ns if time.monotonic() - self._frame_at_s < SILENT_AFTER_S else None
 
     def take(self, until_ns: int | None = None) -> list[Quote]:
         """Per symbol the last quote that waits for a flush, of those stamped up to `until_ns` when it is given."""
@@ -229,13 +225,14 @@ class QuoteIntake:
             except msgspec.MsgspecError as error:
                 _log.warning("bad_quote_frame", reason=str(error))
                 return
-            self._frame_at_s, self._published_at_ns = time.monotonic(), frame.published_at_ns
+            self._frame_at_s = time.monotonic()
             if self._numbers.is_gap(frame):
                 telemetry.QUOTE_GAPS.inc()
                 await self._read_prices(redis)
-                return
-            for quote in frame.quotes:
-                self._offer(quote)
+            else:
+                for quote in frame.quotes:
+                    self._offer(quote)
+            self.waiting.settled_ns = max(self.waiting.settled_ns, frame.settled_ns)
 
     async def _read_prices(self, redis: Redis) -> None:
         for value in (await redis.hgetall(redis_keys.PRICES)).values():

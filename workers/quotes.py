@@ -1,10 +1,15 @@
 """The quotes worker: from a feed to Redis.
 
-Every quote of the feed passes engine.quotes.QuoteFilter. Accepted ones are conflated per symbol for
-`quotes_publish_interval_ms`; then one pipeline writes `HSET prices` and publishes a QuoteFrame with the same
+Every quote of the feed passes engine.quotes.QuoteFilter. Accepted ones are conflated per symbol and second of their
+instants for `quotes_publish_interval_ms`, because a boundary of the grid may lie between two seconds and both sides of
+it count; then one pipeline writes `HSET prices` and publishes a QuoteFrame with the same
 quotes, in this order, so that whoever sees a gap in the frames finds the newest prices in the hash. A frame
 takes at most FRAME_QUOTES_COUNT_MAX quotes; more make more frames in the same pipeline. An idle worker
 publishes an empty frame every HEARTBEAT_INTERVAL_S, whatever the feed does.
+
+This worker alone says up to which instant time is settled (`QuoteFrame.settled_ns`): as far as the feed knows that
+nothing older is to come, or GRACE_NS behind the clock. Whoever keeps the state at an instant takes what was published
+until that instant was settled, so that all who do have the same prices; what comes later is late for all of them.
 
 Every attempt uses up its frame sequences, also one whose answer was lost: a subscriber then sees a gap (and
 reads `prices`), the same quotes under a later sequence, or the same frame twice; never nothing.
@@ -39,7 +44,7 @@ from redis.asyncio import Redis
 from engine.assets import Asset, load_catalogue
 from engine.messages import Quote, QuoteFrame, quote_decoder, quote_encoder, quote_frame_encoder
 from engine.quotes import QuoteFilter, Verdict
-from engine.runtime.clock import Clock
+from engine.runtime.clock import SECOND_NS, Clock
 from engine.runtime.connections import AWAY, Outage, connect_postgres, connect_redis, stopped_within, wait_until
 from engine.runtime.settings import Settings
 from engine.sessions import Markets
@@ -48,7 +53,11 @@ from engine.stores.redis_keys import PRICES, QUOTES_CHANNEL
 from workers.feeds import Feed
 
 FRAME_QUOTES_COUNT_MAX = 2_000  # about 100 kB: a frame that every subscriber decodes in a millisecond or two
-HEARTBEAT_INTERVAL_S = 1
+HEARTBEAT_INTERVAL_S = 0.1  # also how much later than it could a boundary of the grid is taken in a quiet market
+# How far sources may lie behind each other, and behind the clock, for their quotes to count at their instants.
+GRACE_NS = 200_000_000
+# While Redis is away so many quotes are kept, at most a few of each symbol; then the latest of each symbol alone.
+UNSENT_COUNT_MAX = 100_000
 CHECK_INTERVAL_S = 1
 CLASSES_INTERVAL_S = 30  # assets loaded meanwhile have their class's band this late at most
 RENUMBERED_LOG_INTERVAL_S = 1  # a source that begins anew does so for all its symbols; the counter has every one
@@ -60,6 +69,7 @@ QUOTES = Counter("navstream_quotes_total", "Quotes judged, by verdict and feed",
 FRAMES = Counter(
     "navstream_quote_frames_total", "Frames sent to the channel quotes, also those that got lost", ["kind"]
 )
+GIVEN_UP = Counter("navstream_quotes_given_up_total", "Quotes before the latest that a long outage of Redis swallowed")
 REWRITES = Counter("navstream_prices_rewritten_total", "Times that all known prices were written again")
 SYMBOLS = Gauge("navstream_quotes_symbols", "Symbols with an accepted quote")
 
@@ -88,7 +98,7 @@ async def run_quotes(
         None if settings.extended_hours else Markets(settings.calendars),
     )
     redis = connect_redis(settings, "quotes")
-    publisher = QuotesPublisher(redis, clock, quote_filter.latest)
+    publisher = QuotesPublisher(redis, clock, quote_filter.latest, feed.settled_ns)
 
     async def restore() -> None:
         await _restore(redis, quote_filter, clock.now_ns())
@@ -184,13 +194,22 @@ async def _publish_until(stop: asyncio.Event, publisher: QuotesPublisher, interv
 class QuotesPublisher:
     """What is not yet in Redis, and the way there; `known` answers the last accepted quote of every symbol."""
 
-    def __init__(self, redis: Redis, clock: Clock, known: Callable[[], Mapping[str, Quote]]) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        clock: Clock,
+        known: Callable[[], Mapping[str, Quote]],
+        settled_ns: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self._redis = redis
         self._clock = clock
         self._known = known
+        self._feed_settled_ns = settled_ns
+        self._settled_ns = 0
         self._publisher = uuid.uuid4().hex
         self._sequence = 0
-        self._unsent: dict[str, Quote] = {}
+        # By symbol and second, in the order in which they were accepted.
+        self._unsent: dict[tuple[str, int], Quote] = {}
         self._written: set[str] = set()
         self._run_id = ""
         self._beat_at_s = 0.0
@@ -205,8 +224,13 @@ class QuotesPublisher:
         self._written = set(self._known())
 
     def offer(self, quote: Quote) -> None:
-        """Take an accepted quote; it replaces an unsent one of the same symbol."""
-        self._unsent[quote.symbol] = quote
+        """Take an accepted quote; it replaces an unsent one of the same symbol and second."""
+        # A second ends with its last nanosecond's successor: the instant of a boundary belongs to what is before it.
+        key = quote.symbol, (quote.ts_event_ns - 1) // SECOND_NS
+        self._unsent.pop(key, None)
+        self._unsent[key] = quote
+        if len(self._unsent) > UNSENT_COUNT_MAX:
+            self._keep_latest()
 
     async def turn(self, now_s: float) -> None:
         """What is due at `now_s` (monotonic): quotes, a heartbeat, a look at the server. Raises AWAY."""
@@ -225,21 +249,38 @@ class QuotesPublisher:
         try:
             await self._send(list(taken.values()))
         except BaseException:
-            self._unsent = taken | self._unsent  # what was offered meanwhile is newer
+            for key, quote in self._unsent.items():  # what was offered meanwhile is newer
+                taken.pop(key, None)
+                taken[key] = quote
+            self._unsent = taken
             raise
-        self._written |= taken.keys()
+        self._written |= {symbol for symbol, _ in taken}
 
     async def _send(self, quotes: list[Quote]) -> None:
+        # All that was accepted by now is in these quotes.
+        settled_ns = self._settle()
         pipe, kind = self._redis.pipeline(transaction=False), FRAMES.labels("quotes" if quotes else "heartbeat")
         for start in range(0, max(1, len(quotes)), FRAME_QUOTES_COUNT_MAX):
             chunk = quotes[start : start + FRAME_QUOTES_COUNT_MAX]
             if chunk:
                 pipe.hset(PRICES, mapping={quote.symbol: quote_encoder.encode(quote) for quote in chunk})
             self._sequence += 1
-            frame = QuoteFrame(self._publisher, self._sequence, self._clock.now_ns(), chunk)
+            is_last = start + FRAME_QUOTES_COUNT_MAX >= len(quotes)
+            frame = QuoteFrame(self._publisher, self._sequence, settled_ns if is_last else self._settled_ns, chunk)
             pipe.publish(QUOTES_CHANNEL, quote_frame_encoder.encode(frame))
             kind.inc()
+        self._settled_ns = settled_ns
         await pipe.execute()
+
+    def _settle(self) -> int:
+        """Up to which instant time is settled; it never goes back."""
+        known_ns = self._feed_settled_ns()
+        return max(self._settled_ns, self._clock.now_ns() - GRACE_NS if known_ns is None else known_ns)
+
+    def _keep_latest(self) -> None:
+        latest = {symbol: (key, quote) for key, quote in self._unsent.items() for symbol in (key[0],)}
+        GIVEN_UP.inc(len(self._unsent) - len(latest))
+        self._unsent = dict(latest.values())
 
     async def _check_server(self) -> None:
         """Notice a Redis that lost prices, or is not the one of a second ago. Raises AWAY."""
@@ -255,7 +296,7 @@ class QuotesPublisher:
 
     def _rewrite(self, reason: str) -> None:
         # What is known is what was accepted last, so it includes the unsent.
-        self._unsent = dict(self._known())
+        self._unsent = {(symbol, quote.ts_event_ns): quote for symbol, quote in self._known().items()}
         self._written.clear()
         REWRITES.inc()
         _log.warning("prices_rewritten", reason=reason, symbols_count=len(self._unsent))

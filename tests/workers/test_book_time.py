@@ -47,6 +47,7 @@ def test_until_its_cut_is_taken_no_mark_is_stamped_beyond_it(stage: Stage) -> No
     """Nothing comes, so the cut waits for the grace; marks of that time count from the day before."""
     stage.open("p-1")
     stage.quote("10", MIDNIGHT - SECOND)
+    stage.advance(MIDNIGHT - SECOND)
     for seconds, is_taken in ((1, False), (2, False), (3, False), (4, False), (5, True)):
         as_of = stage.advance(MIDNIGHT + seconds * SECOND, wall_s=0.06)
         day_cut = MIDNIGHT if is_taken else MIDNIGHT - 24 * HOUR
@@ -230,6 +231,16 @@ def test_a_replays_days_between_two_looks_are_as_exact_as_any(stage: Stage) -> N
     navs = {at: marks["p-1"].nav for at, marks in stage.frames().items()}
     hours = [days[2] + 20 * HOUR, days[2] + 23 * HOUR]  # the last with a quote beyond it, and the last of all
     assert navs == {at: expected(at) for at in [*(day + 21 * HOUR for day in days), *hours]}
+
+
+def test_a_boundary_waits_for_a_batch_that_is_being_booked(stage: Stage) -> None:
+    """What is stamped up to a cut is in its baseline."""
+    stage.open("p-1")
+    with stage.time.booking():
+        assert stage.settle(MIDNIGHT + SECOND) == MIDNIGHT
+        assert stage.cuts() == [] and stage.time.is_held
+    stage.advance(MIDNIGHT + 2 * SECOND)
+    assert [at for at, _ in stage.cuts()] == [MIDNIGHT]
 
 
 # -- what holds a boundary up ----------------------------------------------------------------------------------

@@ -19,14 +19,6 @@ def at(*instants: int) -> Callable[[int], int | None]:
     return lambda after_ns: min((instant for instant in instants if instant > after_ns), default=None)
 
 
-def never(_: int) -> bool:
-    return False
-
-
-def always(_: int) -> bool:
-    return True
-
-
 def test_full_hours_are_boundaries_and_whatever_a_source_says() -> None:
     boundaries = Boundaries(START_NS, at(START_NS + 10, START_NS + 30), at(), at(START_NS + 20))
     found = []
@@ -54,20 +46,26 @@ def test_what_is_passed_is_passed_for_late_instants_too() -> None:
     assert boundaries.of(START_NS + 3) == 500_001 * HOUR_NS
 
 
-def test_a_boundary_is_due_when_the_clock_has_passed_it_and_a_quote_beyond_waits() -> None:
+def test_a_boundary_is_due_when_the_clock_has_passed_it_and_it_is_settled() -> None:
     boundaries = Boundaries(START_NS, at(START_NS + 10))
-    boundaries.observe(START_NS + 9, 1.0)
-    assert not boundaries.is_due(START_NS + 10, always)
-    boundaries.observe(START_NS + 10, 1.0)
-    assert boundaries.is_due(START_NS + 10, always)
-    assert not boundaries.is_due(START_NS + 10, never)
+    for now_ns, settled_ns, is_due in ((9, 10, False), (50, 9, False), (50, 10, True)):
+        boundaries.observe(START_NS + now_ns, 1.0, START_NS + settled_ns)
+        assert boundaries.is_due(START_NS + 10) is is_due, (now_ns, settled_ns)
 
 
-def test_a_boundary_is_due_without_quotes_when_the_grace_is_over() -> None:
+def test_what_is_settled_stays_settled() -> None:
+    """A new quotes worker, whose clock is behind the one before it."""
+    boundaries = Boundaries(START_NS, at(START_NS + 10))
+    boundaries.observe(START_NS + 50, 1.0, START_NS + 10)
+    boundaries.observe(START_NS + 51, 1.1, START_NS + 3)
+    assert boundaries.is_due(START_NS + 10)
+
+
+def test_while_nobody_says_a_boundary_is_due_when_the_grace_is_over() -> None:
     boundaries = Boundaries(START_NS, at(START_NS + 10))
     for wall_s, now_ns, is_due in ((1.0, 9, False), (1.1, 10, False), (1.29, 30, False), (1.31, 40, True)):
         boundaries.observe(START_NS + now_ns, wall_s)
-        assert boundaries.is_due(START_NS + 10, never) is is_due, wall_s
+        assert boundaries.is_due(START_NS + 10) is is_due, wall_s
 
 
 def test_many_boundaries_passed_long_ago_are_all_due_at_once() -> None:
@@ -76,7 +74,7 @@ def test_many_boundaries_passed_long_ago_are_all_due_at_once() -> None:
     boundaries.observe(START_NS + 48 * HOUR_NS, 1.0)
     boundaries.observe(START_NS + 49 * HOUR_NS, 1.0 + BOUNDARY_GRACE_S)
     passed = 0
-    while boundaries.is_due(boundaries.pending_ns, never):
+    while boundaries.is_due(boundaries.pending_ns):
         boundaries.pass_over(boundaries.pending_ns)
         passed += 1
     assert passed == 48
@@ -111,29 +109,16 @@ def test_what_is_remembered_of_the_clock_is_bounded_by_the_grace(looks: int) -> 
     boundaries = Boundaries(START_NS)
     for look in range(looks):
         boundaries.observe(START_NS + look, look / 1_000)
-    assert len(boundaries._seen) <= BOUNDARY_GRACE_S * 1_000 + 1
+    assert len(boundaries._silent) <= BOUNDARY_GRACE_S * 1_000 + 1
 
 
-def test_the_grace_begins_when_the_feed_has_been_heard_beyond_the_boundary() -> None:
-    """A process that is behind with listening waits for what it has not heard yet."""
+def test_the_grace_of_silence_begins_anew_with_each_silence() -> None:
     boundaries = Boundaries(START_NS, at(START_NS + 10))
-    nobody = lambda _: False  # noqa: E731
-    for wall_s in (1.0, 2.0, 3.0):
-        boundaries.observe(START_NS + 50, wall_s, START_NS + 5)
-        assert not boundaries.is_due(START_NS + 10, nobody)
-    boundaries.observe(START_NS + 50, 4.0, START_NS + 11)
-    assert not boundaries.is_due(START_NS + 10, nobody)
-    boundaries.observe(START_NS + 50, 4.0 + BOUNDARY_GRACE_S, START_NS + 11)
-    assert boundaries.is_due(START_NS + 10, nobody)
-
-
-def test_what_looked_like_silence_before_the_feed_was_heard_again_does_not_count() -> None:
-    boundaries = Boundaries(START_NS, at(START_NS + 10))
-    boundaries.observe(START_NS + 50, 1.0, START_NS + 5)
-    boundaries.observe(START_NS + 50, 9.0, None)
-    boundaries.observe(START_NS + 50, 9.1, START_NS + 6)
-    boundaries.observe(START_NS + 50, 9.0 + 2 * BOUNDARY_GRACE_S, START_NS + 7)
-    assert not boundaries.is_due(START_NS + 10, lambda _: False)
+    for wall_s, settled_ns in ((1.0, None), (1.1, 5), (1.2, None), (1.3, None)):
+        boundaries.observe(START_NS + 50, wall_s, None if settled_ns is None else START_NS + settled_ns)
+        assert not boundaries.is_due(START_NS + 10)
+    boundaries.observe(START_NS + 50, 1.2 + BOUNDARY_GRACE_S, None)
+    assert boundaries.is_due(START_NS + 10)
 
 
 def test_the_lag_is_for_how_long_the_pending_boundary_has_been_behind_the_clock() -> None:

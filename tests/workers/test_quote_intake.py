@@ -17,6 +17,7 @@ from engine.runtime import telemetry
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 from tests.builders import HotStateBuilder
+from workers.boundaries import Boundaries
 from workers.quote_intake import PUBLISHERS_COUNT_MAX, SEGMENTS_COUNT_MAX, FrameNumbers, QuoteIntake, WaitingQuotes
 
 WAIT_S = 10
@@ -161,18 +162,18 @@ def test_what_is_published_last_counts_also_with_an_instant_of_an_earlier_segmen
     assert prices(kept.take(300)) == {"MSFT": "7"}
 
 
-def test_a_quote_beyond_an_instant_is_noticed_and_none_within() -> None:
-    kept = waiting(("AAPL", "1", 100))
-    assert kept.is_beyond(99) and not kept.is_beyond(100)
-    kept.add(Quote("MSFT", "1", 101, "feed"))
-    assert kept.is_beyond(100)
-    kept.take(200)
-    assert not kept.is_beyond(100)
+def test_a_late_quote_counts_just_after_what_is_settled() -> None:
+    """Also where the boundary before it has not been taken yet."""
+    kept = waiting(("AAPL", "1", 90))
+    kept.settled_ns = 100
+    kept.add(Quote("AAPL", "2", 95, "feed"))
+    kept.add(Quote("MSFT", "7", 20, "feed"))
+    assert prices(kept.take(100)) == {"AAPL": "1"}
+    assert prices(kept.take(200)) == {"AAPL": "2", "MSFT": "7"}
 
 
 def test_a_boundary_that_came_into_being_later_divides_a_segment() -> None:
     kept = waiting(("AAPL", "1", 50), ("MSFT", "7", 51))
-    assert kept.is_beyond(50)
     assert prices(kept.take(50)) == {"AAPL": "1"}
     assert prices(kept.take(100)) == {"MSFT": "7"}
 
@@ -215,6 +216,57 @@ def test_at_each_boundary_the_last_published_of_those_up_to_it_is_the_price(
             passed_ns = boundary_ns
     applied |= prices(kept.take())
     assert applied == prices(published)
+
+
+frames = st.tuples(st.lists(quotes, max_size=4), st.integers(0, 9))
+
+
+@given(st.lists(frames, max_size=30), st.integers(1, 12), st.lists(st.integers(1, 6), min_size=1))
+def test_all_who_listen_see_the_same_prices_at_a_boundary_however_seldom_they_look(
+    sent: list[tuple[list[tuple[str, int]], int]], distance: int, looks: list[int]
+) -> None:
+    """Sources are late and overtake each other; `settled` grows from frame to frame."""
+    eager, lazy = Listener(distance), Listener(distance)
+    until_look, pauses = 0, iter(looks * len(sent))
+    settled_ns = 0
+    for number, (stamped, growth) in enumerate(sent):
+        settled_ns += growth
+        arrived = [Quote(symbol, f"{number}.{at}", ts_ns, "feed") for at, (symbol, ts_ns) in enumerate(stamped)]
+        for listener in (eager, lazy):
+            listener.hear(arrived, settled_ns)
+        eager.look()
+        if until_look == 0:
+            lazy.look()
+            until_look = next(pauses)
+        until_look -= 1
+    lazy.look()
+    assert lazy.seen == eager.seen
+
+
+class Listener:
+    """Takes prices at each boundary as the evaluator and the snapshots worker do."""
+
+    def __init__(self, distance: int) -> None:
+        self.boundaries = Boundaries(0, lambda after_ns: every(distance)(after_ns + 1))
+        self.waiting = WaitingQuotes(self.boundaries.of)
+        self.prices: dict[str, str] = {}
+        self.seen: dict[int, dict[str, str]] = {}
+
+    def hear(self, arrived: list[Quote], settled_ns: int) -> None:
+        for quote in arrived:
+            self.waiting.add(quote)
+        self.waiting.settled_ns = settled_ns
+
+    def look(self) -> None:
+        boundaries = self.boundaries
+        boundaries.observe(10**9, 0.0, self.waiting.settled_ns)
+        while True:
+            boundary_ns = boundaries.pending_ns
+            self.prices |= prices(self.waiting.take(boundary_ns))
+            if not boundaries.is_due(boundary_ns):
+                return
+            self.seen[boundary_ns] = dict(self.prices)
+            boundaries.pass_over(boundary_ns)
 
 
 async def test_the_intake_divides_by_the_boundaries_it_is_given(redis_db: str, hot: HotStateBuilder) -> None:

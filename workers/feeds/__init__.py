@@ -29,5 +29,8 @@ class Feed(Protocol):
         """Told once, before the first batch: the last accepted quotes by symbol. A feed that makes its prices
         up goes on from them; others need not care."""
 
+    def settled_ns(self) -> int | None:
+        """No quote stamped up to this instant is still to come; None when it can not be known."""
+
     def batches(self) -> AsyncGenerator[Batch, None]:
         """The quotes, in order; closed with `aclose()` when nobody wants more."""

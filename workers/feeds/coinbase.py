@@ -39,6 +39,10 @@ class CoinbaseFeed:
     def resume(self, quotes: Mapping[str, Quote]) -> None:
         """Nothing to do: the exchange sends each product's last trade on subscription."""
 
+    def settled_ns(self) -> int | None:
+        """Not known: a source sends as late as it likes."""
+        return None
+
     def batches(self) -> AsyncGenerator[Batch, None]:
         greetings = [
             json.dumps({"type": "subscribe", "product_ids": [product], "channels": ["ticker"]})

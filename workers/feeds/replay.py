@@ -63,6 +63,7 @@ PAID_AFTER_DAYS = 14
 CURRENCY = "USD"
 # The longest sleep: a clock's arithmetic is exact, but wall time may be set while we sleep.
 SLEEP_S_MAX = 1
+END_NS = 2**62
 
 _NEW_YORK = ZoneInfo("America/New_York")
 _BAD_ROWS = PROBLEMS.labels(SOURCE, "bad_row")
@@ -85,10 +86,15 @@ class ReplayFeed:
     def __init__(self, path: Path, clock: MarketClock) -> None:
         self.path = path
         self._clock = clock
+        self._next_ns = 0  # the instant of the quotes that come next
         check_file(path)
 
     def resume(self, quotes: Mapping[str, Quote]) -> None:
         """Nothing to do: recorded prices are what they are."""
+
+    def settled_ns(self) -> int | None:
+        """Quotes come in the order of time: up to the next one, or up to now where that lies ahead."""
+        return min(self._next_ns - 1, self._clock.now_ns())
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
         missed: dict[str, RawQuote] = {}
@@ -104,10 +110,12 @@ class ReplayFeed:
             if missed:
                 yield list(missed.values())
                 missed = {}
+            self._next_ns = instant_ns
             await self._reach(instant_ns)
             yield quotes
         if missed:
             yield list(missed.values())
+        self._next_ns = END_NS
 
     async def _reach(self, instant_ns: int) -> None:
         while self._clock.now_ns() < instant_ns:

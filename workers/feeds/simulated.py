@@ -87,6 +87,10 @@ class SimulatedFeed:
             if symbol in quotes:
                 self._logs[index] = math.log(float(quotes[symbol].price))
 
+    def settled_ns(self) -> int | None:
+        """Not known: prices are drawn when they are sent."""
+        return None
+
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """One batch per step, for ever. A loop that was held up goes on without making the lost steps up."""
         step_s = STEP_MS / 1_000

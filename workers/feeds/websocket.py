@@ -74,6 +74,10 @@ class WebSocketFeed:
     def resume(self, quotes: Mapping[str, Quote]) -> None:
         """Nothing to do: the server knows its prices."""
 
+    def settled_ns(self) -> int | None:
+        """Not known: a source sends as late as it likes."""
+        return None
+
     def batches(self) -> AsyncGenerator[Batch, None]:
         return read_messages(self._url, self.name, parse_message, [])
 
