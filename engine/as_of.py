@@ -10,10 +10,10 @@ since, or the sum of the effects up to it: exact both ways, and the shorter way 
     quantity     Σ ± shares of the fills, in the shares of their booking, + Σ changes by splits
     cost         Σ `cost`            cash = Σ (amount − fee)           receivables = Σ `receivable`
 
-Prices at t are the last accepted ones with ts_event ≤ t that are still known: the present quote when it is that old,
-else the newest one recorded on the grid (hourly and at session closes) at or before t. Between two instants of the
-grid a price is therefore up to an hour older than what was known then; its age and quality tell. A price of before a
-split that the ledger has at that position is divided by the split's ratio.
+Prices at t are the newest ones recorded on the grid (hourly, at session closes and day cuts, and a symbol's first) at
+or before t. Between two instants of the grid a price is therefore up to an hour older than what was known then; its
+age and quality tell, and the answer stays the same whenever it is asked for. A price of before a split that the ledger
+has at that position is divided by the split's ratio.
 
     day_pnl      NAV − NAV at the portfolio's last day cut ≤ t − external flows since
     day_base     of a position: its value at the cut + Σ signed notionals since (engine.positions)
@@ -31,7 +31,6 @@ import numpy as np
 from engine.amounts import EXACT, plain, scale_number
 from engine.ledger import EXTERNAL_FLOWS, INCOME, LedgerEntry, LedgerKind, Side
 from engine.marks import UNKNOWN, Mark, MarkQuality
-from engine.messages import Quote
 from engine.pnl import day_base_since, day_ratio_e12
 from engine.positions import HotPosition, PositionValuation
 
@@ -176,11 +175,6 @@ def traded_shares(side: Side, quantity: Decimal, scale: Fraction | None) -> Deci
     """The signed shares of a fill, in the shares of its booking."""
     shares = quantity if scale is None else scale_number(quantity, scale, "quantity")
     return shares if side is Side.BUY else shares.copy_negate()
-
-
-def quote_at(present: Quote | None, recorded: Quote | None, at_ns: int) -> Quote | None:
-    """The price at an instant: the `present` quote when there was none since, else the one `recorded` last."""
-    return present if present is not None and present.ts_event_ns <= at_ns else recorded
 
 
 def hot_positions(

@@ -7,12 +7,13 @@ afterwards: the ledger entries recorded since the cut are taken back from the pr
     cash        − (amount − fee)          receivables − receivable          cost − cost
 
 and what was held is valued at the prices of the cut, in the shares that it was held in (`price_in_shares_at`). A
-position without a price counts at its cost. `estimated` says so for ever.
+position without a price counts at its cost. Where all these prices were recorded at the cut, that is the baseline which
+would have been taken; otherwise `estimated` says for ever that it was made from older ones, or from later ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -125,13 +126,21 @@ def price_in_shares_at(cut_at: datetime, priced: Priced, splits: Iterable[Applie
 
 
 def estimate(
-    portfolio: Portfolio, since: Since, ledger_sequence: int, price_of: Callable[[str], Decimal | None]
+    portfolio: Portfolio,
+    since: Since,
+    ledger_sequence: int,
+    price_of: Callable[[str], Decimal | None],
+    recorded: Container[str] = (),
 ) -> Baseline:
-    """The baseline before what moved since, at the prices of the cut; `ledger_sequence` entries were booked then."""
+    """The baseline before what moved since, at the prices of the cut; `ledger_sequence` entries were booked then.
+
+    `recorded`: the symbols whose prices are those of the cut.
+    """
     values = {}
     for symbol, quantity in held_at(portfolio, since).items():
         held = portfolio.positions.get(symbol)
         cost = (held.cost if held else 0) - since.costs.get(symbol, 0)
         values[symbol] = carried_value(quantity, cost, price_of(symbol))
     nav = portfolio.cash - since.cash + portfolio.receivables - since.receivables + sum(values.values())
-    return Baseline(portfolio.portfolio_id, nav, ledger_sequence, values, estimated=True)
+    is_exact = all(symbol in recorded for symbol in values)
+    return Baseline(portfolio.portfolio_id, nav, ledger_sequence, values, estimated=not is_exact)

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from engine.as_of import NOTHING_BEFORE, Cycle, DayStart, LedgerState, hot_positions, mark_at, quote_at
+from engine.as_of import NOTHING_BEFORE, Cycle, DayStart, LedgerState, hot_positions, mark_at
+from engine.assets import Asset
 from engine.day_cuts import parse_day_cut
 from engine.explain import Worth
 from engine.marks import Mark, MarkQuality
@@ -94,7 +95,7 @@ class PastReads:
             return PricedState(state, {}, {}, [])
         symbols = list(state.positions)
         quotes, splits, _ = await asyncio.gather(
-            self.hot_state.quotes(symbols) if live else self._quotes(symbols, at_ns),
+            self.hot_state.quotes(symbols) if live else self.closes.closes_at(symbols, to_datetime(at_ns)),
             self.ledger.splits(portfolio_id, symbols, state.ledger_sequence, to_datetime(at_ns)),
             self.assets.ensure(symbols),
         )
@@ -106,13 +107,6 @@ class PastReads:
             for symbol in sorted(symbols)
         ]
         return PricedState(state, held, quotes, valued)
-
-    async def _quotes(self, symbols: Collection[str], at_ns: int) -> dict[str, Quote]:
-        present = await self.hot_state.quotes(symbols)
-        older = [symbol for symbol in symbols if quote_at(present.get(symbol), None, at_ns) is None]
-        recorded = await self.closes.closes_at(older, to_datetime(at_ns)) if older else {}
-        found = {symbol: quote_at(present.get(symbol), recorded.get(symbol), at_ns) for symbol in symbols}
-        return {symbol: quote for symbol, quote in found.items() if quote is not None}
 
     async def _day(self, portfolio_id: str, past: PastLedger, at_ns: int) -> DayStart:
         # The first use of an exchange reads its calendar, for longer than the loop may wait.
@@ -147,6 +141,10 @@ class PastLoader:
     async def sectors(self, place: Place) -> dict[str, SectorValue]:
         """None: what the allocation was at the last fill is kept for the present alone."""
         return {}
+
+    async def assets(self, symbols: Collection[str]) -> dict[str, Asset]:
+        """Of each symbol the asset as it was classified then."""
+        return await self._reads.assets.in_force(symbols, self.at)
 
     async def valued_positions(self, place: Place) -> ValuedPositions:
         assert place == (self._portfolio.shard, self._portfolio.portfolio_id), "one loader, one portfolio"

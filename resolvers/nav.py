@@ -48,6 +48,7 @@ class QualityShare:
 )
 class Valuation:
     load_positions: strawberry.Private[Callable[[], Awaitable[list[PositionValuation]]]]
+    load_estimated: strawberry.Private[Callable[[], Awaitable[bool]]]
     nav: Decimal = strawberry.field(description=NAV)
     cash: Decimal = strawberry.field(description=CASH)
     receivables: Decimal = strawberry.field(description=RECEIVABLES)
@@ -83,6 +84,13 @@ class Valuation:
     epoch: int = strawberry.field(description=EPOCH)
     sequence: int = strawberry.field(description=SEQUENCE)
     ledger_sequence: int = strawberry.field(description=LEDGER_SEQUENCE)
+
+    @resolved(
+        "Whether NAV at the day cut, which dayPnl counts from, is an estimate: nobody evaluated then, and some price "
+        "of that instant was not recorded either."
+    )
+    async def day_pnl_estimated(self) -> bool:
+        return await self.load_estimated()
 
     @resolved(
         "The qualities of its prices with the value they stand for, best first, at the latest quotes. The shares sum "
@@ -123,13 +131,21 @@ async def load_valuation(context: Context, place: tuple[int, str]) -> Valuation:
         valued = await context.hot.valued_positions(place)
         return [] if valued is None else [valued.value(symbol) for symbol in valued.symbols]
 
-    return _show_valuation(mark, load_positions)
+    async def load_estimated() -> bool:
+        return await context.services.past.ledger.is_estimated(place[1], to_datetime(mark.day_cut_at_ns))
+
+    return _show_valuation(mark, load_positions, load_estimated)
 
 
-def _show_valuation(mark: Mark, load_positions: Callable[[], Awaitable[list[PositionValuation]]]) -> Valuation:
-    """`load_positions` is asked when a field needs every position."""
+def _show_valuation(
+    mark: Mark,
+    load_positions: Callable[[], Awaitable[list[PositionValuation]]],
+    load_estimated: Callable[[], Awaitable[bool]],
+) -> Valuation:
+    """What is loaded is so when a field asks for it."""
     return Valuation(
         load_positions=load_positions,
+        load_estimated=load_estimated,
         nav=from_micro(mark.nav),
         cash=from_micro(mark.cash),
         receivables=from_micro(mark.receivables),

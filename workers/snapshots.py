@@ -1,13 +1,15 @@
 """The snapshots worker: keeps for ever what the evaluators and the market say at each instant of the grid.
 
-The grid is every full UTC hour and every session close of the equities' exchange.
+The grid is every full UTC hour, every session close of the equities' exchange, and for prices every portfolio's day
+cut: what portfolios were worth then can be told by anybody from the ledger, also when nobody evaluated.
 
     equity_snapshot   evaluators append a frame per shard and instant to the Redis list `snapshots:{n}`, oldest first,
                       and the frames are written in that order. A frame leaves its list once its rows are committed:
                       a worker that dies between writes it again, which changes nothing.
     price_close       the worker listens to quotes itself, with the evaluators' boundaries (workers.boundaries), and
-                      writes the last quote of every symbol at the instant. Of several full hours that pass at once
-                      only the last is written, a session close always.
+                      writes the last quote of every symbol at the instant, and a symbol's very first quote at that
+                      quote's own. Of several full hours that pass at once only the last is written,
+                      a session close and a day cut always.
 
 What passes while nobody evaluates or listens is a gap and stays one: nothing is invented afterwards. Evaluators
 count what they pass over or lose, this worker what it can not read or keep. Several of these workers agree with each
@@ -21,13 +23,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 
 import asyncpg
 import structlog
 from redis.asyncio import Redis
 
 from engine.assets import AssetClass
+from engine.day_cuts import BadDayCutError, DayCut, parse_day_cut
 from engine.messages import Quote
 from engine.runtime import telemetry
 from engine.runtime.clock import HOUR_NS, Clock, to_datetime
@@ -46,6 +50,9 @@ RETENTION_INTERVAL_S = 3_600
 # Instants whose prices wait for PostgreSQL, each with all symbols: two days of hours. The oldest are given up.
 CLOSES_WAITING_MAX = 48
 
+CUTS_INTERVAL_S = 10  # a portfolio's first cut, if it falls within this of its opening, may find no recorded prices
+
+_DAY_CUTS = "SELECT DISTINCT day_cut FROM portfolio"
 _SHARDS = "SELECT id FROM shard ORDER BY id"
 _log = structlog.get_logger(__name__)
 
@@ -96,16 +103,27 @@ class PriceRecorder:
         self._quotes = quotes
         self._closes = closes
         self._sessions = sessions
-        self._boundaries = Boundaries(clock.now_ns(), self._next_close_ns, grace_s=grace_of(clock))
+        self._day_cuts: list[DayCut] = []
+        self._boundaries = Boundaries(clock.now_ns(), self._next_close_ns, self._next_cut_ns, grace_s=grace_of(clock))
         quotes.waiting.boundary_of = self._boundaries.of
         self._last: dict[str, Quote] = {}
+        self._first: dict[str, Quote] = {}
         self._unwritten: deque[tuple[int, list[Quote]]] = deque()
+
+    def follow(self, day_cuts: Sequence[DayCut]) -> None:
+        """Record at these cuts, too."""
+        self._day_cuts = list(day_cuts)
 
     async def poll(self) -> int:
         """Record the instants that have passed; returns how many rows were new. Raises AWAY errors."""
         if self._quotes.ready.is_set():
             self._advance()
         written = 0
+        if self._first:
+            first = dict(self._first)
+            written += await self._closes.write_first(list(first.values()))
+            for symbol in first:
+                del self._first[symbol]
         while self._unwritten:
             at_ns, quotes = self._unwritten[0]
             written += await self._closes.write(to_datetime(at_ns), quotes)
@@ -115,16 +133,24 @@ class PriceRecorder:
 
     def _advance(self) -> None:
         """Take what belongs to each boundary that is due."""
-        boundaries, waiting = self._boundaries, self._quotes.waiting
-        boundaries.observe(self._clock.now_ns(), time.monotonic(), self._quotes.heard_ns)
-        while boundaries.is_due(boundary_ns := boundaries.pending_ns, waiting.is_beyond):
-            self._last |= {quote.symbol: quote for quote in self._quotes.take(boundary_ns)}
+        boundaries = self._boundaries
+        boundaries.observe(self._clock.now_ns(), time.monotonic(), self._quotes.settled_ns)
+        while boundaries.is_due(boundary_ns := boundaries.pending_ns):
+            self._take(boundary_ns)
             is_close = self._sessions is not None and self._sessions.last_close(boundary_ns) == boundary_ns
-            if is_close or not boundaries.is_due(boundary_ns + HOUR_NS, waiting.is_beyond):
+            is_cut = any(cut.last(boundary_ns) == boundary_ns for cut in self._day_cuts)
+            if is_close or is_cut or not boundaries.is_due(boundary_ns + HOUR_NS):
                 self._keep(boundary_ns)
             else:
                 telemetry.PRICE_CLOSE_GAPS.inc()
             boundaries.pass_over(boundary_ns)
+        self._take(boundary_ns)
+
+    def _take(self, until_ns: int) -> None:
+        """Bring the last quotes to an instant; the first one of a symbol is written down by itself."""
+        taken = {quote.symbol: quote for quote in self._quotes.take(until_ns)}
+        self._first |= {symbol: taken[symbol] for symbol in taken.keys() - self._last.keys()}
+        self._last |= taken
 
     def _keep(self, at_ns: int) -> None:
         if self._last:
@@ -135,6 +161,9 @@ class PriceRecorder:
 
     def _next_close_ns(self, after_ns: int) -> int | None:
         return None if self._sessions is None else self._sessions.next_close(after_ns)
+
+    def _next_cut_ns(self, after_ns: int) -> int | None:
+        return min((cut.next(after_ns) for cut in self._day_cuts), default=None)
 
 
 async def run_snapshots(settings: Settings, clock: Clock, stop: asyncio.Event) -> None:
@@ -155,18 +184,34 @@ async def run_snapshots(settings: Settings, clock: Clock, stop: asyncio.Event) -
         quotes = QuoteIntake(settings, name="snapshots-quotes")
         sessions = Markets(settings.calendars).sessions(AssetClass.EQUITY)
         recorder = PriceRecorder(clock, quotes, PriceCloses(lambda: connected), sessions)
+
+        async def follow_cuts() -> None:
+            texts = [row["day_cut"] for row in await connected.fetch(_DAY_CUTS)]
+            # The first use of an exchange may read its calendar, for longer than the loop may wait.
+            recorder.follow(await asyncio.to_thread(_parse_cuts, texts))
+
         retention = HistoryRetention(pool, settings.snapshot_retention_days, settings.price_close_retention_days)
         poll_interval_s = settings.snapshot_poll_interval_ms / 1_000
         await run_together(
             quotes.run(stop),
             _repeat(SnapshotDrain(redis, pool).poll, poll_interval_s, "redis or postgresql", stop),
             _repeat(recorder.poll, poll_interval_s, "postgresql", stop),
+            _repeat(follow_cuts, CUTS_INTERVAL_S, "postgresql", stop),
             _repeat(lambda: retention.apply(to_datetime(clock.now_ns())), RETENTION_INTERVAL_S, "postgresql", stop),
         )
     finally:
         await redis.aclose()
         if pool is not None:
             await pool.close()
+
+
+def _parse_cuts(texts: Iterable[str]) -> list[DayCut]:
+    """Those that this machine's zones and calendars know; the evaluator says what becomes of the others."""
+    cuts = []
+    for text in texts:
+        with suppress(BadDayCutError):
+            cuts.append(parse_day_cut(text))
+    return cuts
 
 
 async def _repeat(

@@ -108,6 +108,7 @@ _CYCLE_SUMS = """
 _BASELINE = """
     SELECT nav, ledger_sequence, symbols, position_values FROM day_baseline WHERE portfolio_id = $1 AND cut_at = $2
 """
+_IS_ESTIMATED = "SELECT estimated FROM day_baseline WHERE portfolio_id = $1 AND cut_at = $2"
 # The splits of some symbols, and when they came: to the portfolio as an entry, else to its shard.
 _SPLITS = """
     SELECT a.symbol, a.effective_at, a.terms, e.sequence, s.applied_at
@@ -202,6 +203,10 @@ class AsOfReads:
             return None
         values = zip(row["symbols"], map(to_micro, row["position_values"]), strict=True)
         return Baseline(to_micro(row["nav"]), row["ledger_sequence"], dict(values))
+
+    async def is_estimated(self, portfolio_id: str, cut_at: datetime) -> bool:
+        """Whether what was stored at a day cut was made afterwards from prices of another instant."""
+        return bool(await self._pool().fetchval(_IS_ESTIMATED, portfolio_id, cut_at))
 
     async def since(self, portfolio_id: str, start: Baseline, cut_at: datetime, last: int) -> DayStart:
         """The day that began with `start`, up to the entry `last`."""

@@ -4,6 +4,8 @@ A row (symbol, at) says that at `at` the last quote was `price`, stamped `ts_eve
 repeats its last one, so a row's `ts_event` says how old it is. The first row of an instant stays. What a symbol was
 worth at an instant between is the row before it:
 
+A symbol's very first quote is a row of its own at that quote's instant, so that there is a price from then on.
+
     closes_at(symbols, t) = of each symbol the row with the greatest at ≤ t, as a quote         (absent: none)
 
 Instants have microseconds here; `ts_event` is cut to them, never moved past its split or its cut. Prices are as they
@@ -34,6 +36,14 @@ _WRITE = """
         AS quote (symbol, price, ts_event, source, condition)
     ON CONFLICT DO NOTHING
 """
+_WRITE_FIRST = """
+    INSERT INTO price_close (symbol, at, price, ts_event, source, condition)
+    SELECT symbol, ts_event, price, ts_event, source, condition
+    FROM unnest($1::text[], $2::numeric[], $3::timestamptz[], $4::text[], $5::text[])
+        AS quote (symbol, price, ts_event, source, condition)
+    WHERE NOT EXISTS (SELECT FROM price_close AS known WHERE known.symbol = quote.symbol)
+    ON CONFLICT DO NOTHING
+"""
 _AT = """
     SELECT symbol, price, ts_event, source, condition
     FROM unnest($1::text[]) AS asked, LATERAL (
@@ -52,15 +62,12 @@ class PriceCloses:
 
     async def write(self, at: datetime, quotes: Sequence[Quote]) -> int:
         """Record the last `quotes`, one per symbol, as of the grid instant `at`; returns how many rows were new."""
-        status = await self._pool().execute(
-            _WRITE,
-            at,
-            [quote.symbol for quote in quotes],
-            [Decimal(quote.price) for quote in quotes],
-            [to_datetime(quote.ts_event_ns) for quote in quotes],
-            [quote.source for quote in quotes],
-            [quote.condition for quote in quotes],
-        )
+        status = await self._pool().execute(_WRITE, at, *_columns(quotes))
+        return int(status.rpartition(" ")[2])
+
+    async def write_first(self, quotes: Sequence[Quote]) -> int:
+        """Record quotes of symbols that have no row yet, each at its own instant; returns how many those were."""
+        status = await self._pool().execute(_WRITE_FIRST, *_columns(quotes))
         return int(status.rpartition(" ")[2])
 
     async def closes_at(self, symbols: Collection[str], at: datetime) -> dict[str, Quote]:
@@ -72,6 +79,16 @@ class PriceCloses:
         if missing:
             found |= {row["symbol"]: _quote(row) for row in await pool.fetch(_AT_ANY, missing, at)}
         return found
+
+
+def _columns(quotes: Sequence[Quote]) -> tuple[list[object], ...]:
+    return (
+        [quote.symbol for quote in quotes],
+        [Decimal(quote.price) for quote in quotes],
+        [to_datetime(quote.ts_event_ns) for quote in quotes],
+        [quote.source for quote in quotes],
+        [quote.condition for quote in quotes],
+    )
 
 
 def _quote(row: asyncpg.Record) -> Quote:

@@ -21,7 +21,6 @@ from engine.as_of import (
     effects_of,
     hot_positions,
     mark_at,
-    quote_at,
     sum_effects,
     traded_shares,
 )
@@ -72,14 +71,6 @@ def test_a_state_is_not_changed_by_looking_back() -> None:
 )
 def test_shares_are_those_of_the_booking(side: Side, scale: Fraction | None, shares: str) -> None:
     assert traded_shares(side, Decimal(3), scale) == Decimal(shares)
-
-
-def test_the_present_quote_counts_while_it_is_old_enough() -> None:
-    present, recorded = Quote("A", "2", 100, "s"), Quote("A", "1", 50, "s")
-    assert quote_at(present, recorded, 100) is present
-    assert quote_at(present, recorded, 99) is recorded
-    assert quote_at(present, None, 99) is None
-    assert quote_at(None, recorded, 10**9) is recorded
 
 
 def test_positions_are_as_hot_state_had_them() -> None:

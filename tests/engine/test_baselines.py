@@ -126,8 +126,10 @@ class Restarts(RuleBasedStateMachine):
         for name in NAMES:
             taken = self.kept.baselines[name]
             moves = since(self.kept, name, taken.sequence)
-            found = estimate(self.kept.folded[name], moves, taken.sequence, prices.get)
-            assert found == Baseline(name, taken.nav, taken.sequence, taken.values, estimated=True)
+            found = estimate(self.kept.folded[name], moves, taken.sequence, prices.get, SYMBOLS)
+            assert found == Baseline(name, taken.nav, taken.sequence, taken.values)
+            unrecorded = estimate(self.kept.folded[name], moves, taken.sequence, prices.get)
+            assert unrecorded.estimated is bool(taken.values)
 
 
 TestRestarts = Restarts.TestCase

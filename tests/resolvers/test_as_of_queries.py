@@ -8,12 +8,14 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 from graphql import OperationDefinitionNode, parse
 
 from api.limits import objects_of
 from engine.amounts import from_micro, plain
+from engine.runtime.clock import to_ns
 from tests.builders import MICRO, MarkRow
 from tests.gateway import Gateway
 from tests.scripted_ledger import Moment, ScriptedLedger
@@ -144,14 +146,12 @@ async def test_what_was_never_recorded_is_missing_and_counts_at_cost(gateway: Ga
     assert answer["valuation"]["pricesAsOf"] is None
 
 
-async def test_a_present_quote_as_old_as_that_is_the_price(gateway: Gateway, life: Life) -> None:
-    quote = life.quotes[f"{life.portfolio_id}.A"]
-    await gateway.ledger.pool.execute("DELETE FROM price_close WHERE symbol = $1", quote.symbol)
-    await gateway.redis.quotes([quote])
-    moment = life.moments[-1]
-    assert (await ask(gateway, life, moment.at, NAV))["valuation"]["nav"] == text(moment.nav)
-    earlier = (await ask(gateway, life, moment.at - HOUR))["positions"]["edges"]
-    assert (earlier[0]["node"]["asset"]["symbol"], earlier[0]["node"]["quality"]) == (quote.symbol, "MISSING")
+async def test_what_is_quoted_meanwhile_changes_no_answer_about_the_past(gateway: Gateway, life: Life) -> None:
+    """Not even a quote that is stamped before the instant: it was not recorded by then."""
+    quote, moment = life.quotes[f"{life.portfolio_id}.A"], life.moments[-1]
+    before = await ask(gateway, life, moment.at)
+    await gateway.redis.quotes([msgspec.structs.replace(quote, price="1", ts_event_ns=to_ns(moment.at) - 1)])
+    assert await ask(gateway, life, moment.at) == before
 
 
 async def test_the_day_counts_from_the_last_cut_before(gateway: Gateway, life: Life) -> None:

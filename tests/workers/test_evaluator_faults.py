@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 
+from engine.baselines import Baseline
 from engine.book import Account, Holding
 from engine.marks import MarkQuality
 from engine.messages import Quote, quote_encoder
 from engine.pnl import DayBase
 from engine.posting import PositionsChange
-from engine.runtime.clock import WallClock
+from engine.runtime.clock import HOUR_NS, WallClock
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 from engine.stores.hot_state_redis import FlushOutcome
@@ -247,6 +248,38 @@ async def test_a_shard_taken_again_under_its_lease_goes_on_with_its_sequence(alo
     assert (alone.owned[0].sequence, alone.owned[0].next_offset) == (41, 9)
     await alone._take(lease(0, epoch=2))
     assert alone.owned[0].sequence == 0
+
+
+@pytest.mark.parametrize(("later_epochs", "is_kept"), [(1, True), (2, False)])
+async def test_day_bases_outlive_a_lease_that_ran_out_unless_somebody_else_had_the_shard(
+    alone: Evaluator, later_epochs: int, is_kept: bool
+) -> None:
+    """PostgreSQL is away at the cut, for longer than a lease."""
+    own(alone, 0)
+    taken = Baseline("p-0", 7 * MICRO, 1, {"AAPL": 7 * MICRO})
+    alone.owned[0].cuts_due.append((24 * HOUR_NS, [taken]))
+    stored: list[tuple[Lease, list[Baseline]]] = []
+
+    async def away(*_: object) -> None:
+        raise ConnectionError("gone")
+
+    async def store(of: Lease, _: object, baselines: list[Baseline]) -> None:
+        stored.append((of, baselines))
+
+    async def release(_: Lease) -> None:
+        return None
+
+    alone.shards.store_cut, alone.shards.release = away, release  # type: ignore[assignment,method-assign]
+    alone.lose(lease(0), "lease expired")
+    await alone._let_go(0)
+    claimed = lease(0, 1 + later_epochs)
+    if is_kept:
+        with pytest.raises(ConnectionError):
+            await alone._store_kept_cuts(claimed)
+    alone.shards.store_cut = store  # type: ignore[assignment,method-assign]
+    await alone._store_kept_cuts(claimed)
+    await alone._store_kept_cuts(claimed)
+    assert stored == ([(claimed, [taken])] if is_kept else [])
 
 
 async def test_a_flush_writes_no_slot_that_has_changed_hands_since_it_was_counted(alone: Evaluator) -> None:

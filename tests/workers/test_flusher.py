@@ -111,11 +111,12 @@ async def baselines(ledger: ShardLedger) -> list[tuple[str, Any, int, bool]]:
 
 @pytest.mark.parametrize("dies", ["before", "pending", "taken", "stored", "later"])
 @pytest.mark.parametrize("returns", [1, 7])
+@pytest.mark.parametrize("recorded_before", [timedelta(0), HOUR], ids=["at the cut", "before it"])
 async def test_wherever_an_evaluator_dies_the_day_counts_from_the_same_value(
-    monkeypatch: pytest.MonkeyPatch, ledger: ShardLedger, dies: str, returns: int
+    monkeypatch: pytest.MonkeyPatch, ledger: ShardLedger, dies: str, returns: int, recorded_before: timedelta
 ) -> None:
     """The cut lies at 1,022 (AAPL at 11); at 12.5 the day has gained 3, wherever the line between two lives is."""
-    await ledger.close("AAPL", "11", CUT_AT, CUT_AT - SECOND)  # what the snapshots worker recorded
+    await ledger.close("AAPL", "11", CUT_AT - recorded_before, CUT_AT - HOUR)  # what the snapshots worker recorded
     first = Life(monkeypatch, ledger, CUT_AT - HOUR)
     await first.take()
     first.quote("11", CUT_AT - SECOND)
@@ -136,7 +137,7 @@ async def test_wherever_an_evaluator_dies_the_day_counts_from_the_same_value(
     assert second.shown("p-1") == (1_025 * MICRO, 3 * MICRO, CUT_AT)
     assert second.book.position_day_base("p-1", "AAPL") == 22 * MICRO
     await second.until(CUT_AT + returns * HOUR)
-    is_estimated = dies in ("before", "pending", "taken")
+    is_estimated = dies in ("before", "pending", "taken") and recorded_before > timedelta(0)
     cut = [row for row in await baselines(ledger) if row[1] == CUT_AT]
     assert cut == [("p-1", CUT_AT, 1_022 * MICRO, is_estimated)]
 
@@ -205,7 +206,7 @@ async def test_portfolios_of_two_cuts_are_taken_over_each_with_its_own(
     await second.until(late_at + HOUR)
     assert await baselines(ledger) == [
         ("p-1", CUT_AT, 1_022 * MICRO, False),
-        ("p-2", late_at, 4 * MICRO, True),
+        ("p-2", late_at, 4 * MICRO, False),  # made afterwards, of a price that has not changed since
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -13,6 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from engine.assets import AssetClass
+from engine.day_cuts import parse_day_cut
 from engine.messages import Quote
 from engine.runtime import telemetry
 from engine.runtime.clock import HOUR_NS, SECOND_NS, to_datetime, to_ns
@@ -31,6 +33,7 @@ __all__ = ["twin"]
 
 START = datetime(2026, 11, 20, 13, tzinfo=UTC)  # a Friday: the session closes at 21:00
 HOUR = timedelta(hours=1)
+LONG_AGO = START - timedelta(days=30)
 WAIT_S = 20
 
 
@@ -203,7 +206,10 @@ def sessions() -> Sessions | None:
     return Markets({AssetClass.EQUITY: "XNYS"}).sessions(AssetClass.EQUITY)
 
 
-def recorder(twin: Twin, clock: SetClock) -> tuple[PriceRecorder, QuoteIntake]:
+async def recorder(twin: Twin, clock: SetClock) -> tuple[PriceRecorder, QuoteIntake]:
+    """Of symbols that were recorded long before."""
+    old = Quote("AAPL", "1", to_ns(LONG_AGO), "feed"), Quote("MSFT", "1", to_ns(LONG_AGO), "feed")
+    await PriceCloses(lambda: twin.pool).write_first(old)
     intake = QuoteIntake(Settings(), catalogue=["AAPL"])
     intake.ready.set()
     return PriceRecorder(clock, intake, PriceCloses(lambda: twin.pool), sessions()), intake
@@ -214,18 +220,22 @@ def offer(intake: QuoteIntake, at: datetime, price: str = "1", symbol: str = "AA
 
 
 async def closes(twin: Twin) -> list[tuple[Any, ...]]:
-    found = await twin.pool.fetch("SELECT symbol, at, price, ts_event FROM price_close ORDER BY at, symbol")
+    found = await twin.pool.fetch(
+        "SELECT symbol, at, price, ts_event FROM price_close WHERE at > $1 ORDER BY at, symbol", LONG_AGO
+    )
     return [(row["symbol"], row["at"], int(row["price"]), row["ts_event"]) for row in found]
 
 
 async def poll_at(recorder: PriceRecorder, clock: SetClock, now: datetime) -> int:
-    clock.ns = to_ns(now)
+    """All that was quoted up to now has been heard."""
+    clock.ns = recorder._quotes.waiting.settled_ns = to_ns(now)
+    recorder._quotes._frame_at_s = time.monotonic()
     return await recorder.poll()
 
 
 async def test_the_last_quote_up_to_the_hour_is_recorded_and_none_beyond(twin: Twin) -> None:
     clock = SetClock(START)
-    recording, intake = recorder(twin, clock)
+    recording, intake = await recorder(twin, clock)
     offer(intake, START + timedelta(minutes=59), "10")
     offer(intake, START + timedelta(minutes=20), "7", "MSFT")
     assert await poll_at(recording, clock, START + timedelta(minutes=59)) == 0
@@ -246,16 +256,17 @@ async def test_an_hour_in_which_nothing_comes_ends_by_the_wall_clock(
     twin: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SetClock(START)
-    recording, intake = recorder(twin, clock)
+    recording, intake = await recorder(twin, clock)
     offer(intake, START)
-    assert await poll_at(recording, clock, START + HOUR + timedelta(seconds=1)) == 0, "a quote may still come"
+    clock.ns = to_ns(START + HOUR) + SECOND_NS
+    assert await recording.poll() == 0, "a quote may still come"
     monkeypatch.setattr(recording._boundaries, "_grace_s", 1e-9)
     assert await recording.poll() == 1
 
 
 async def test_of_several_hours_at_once_only_the_last_and_the_closes_are_recorded(twin: Twin) -> None:
     clock, before = SetClock(START), telemetry.PRICE_CLOSE_GAPS._value.get()
-    recording, intake = recorder(twin, clock)
+    recording, intake = await recorder(twin, clock)
     for hour in range(30):
         offer(intake, START + hour * HOUR + timedelta(minutes=30), str(hour + 1))
     assert await poll_at(recording, clock, START + 28 * HOUR + timedelta(minutes=10)) == 2
@@ -268,7 +279,7 @@ async def test_of_several_hours_at_once_only_the_last_and_the_closes_are_recorde
 
 async def test_nothing_is_recorded_before_the_prices_were_read(twin: Twin) -> None:
     clock = SetClock(START)
-    recording, intake = recorder(twin, clock)
+    recording, intake = await recorder(twin, clock)
     intake.ready.clear()
     offer(intake, START + 2 * HOUR)
     offer(intake, START + 3 * HOUR + timedelta(seconds=1))
@@ -280,14 +291,11 @@ async def test_nothing_is_recorded_before_the_prices_were_read(twin: Twin) -> No
 async def test_what_can_not_be_written_waits_and_is_bounded(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshots, "CLOSES_WAITING_MAX", 2)
     clock, before = SetClock(START), telemetry.PRICE_CLOSE_GAPS._value.get()
-    recording, intake = recorder(twin, clock)
+    recording, intake = await recorder(twin, clock)
     await twin.pool.execute("ALTER TABLE price_close RENAME TO away")
     for hour in range(1, 5):
         offer(intake, START + hour * HOUR + timedelta(minutes=1), str(hour))
         now = START + hour * HOUR + timedelta(minutes=2)
-        if hour == 1:
-            assert await poll_at(recording, clock, now) == 0, "no quote is that old"
-            continue
         with pytest.raises(asyncpg.PostgresError):
             await poll_at(recording, clock, now)
     await twin.pool.execute("ALTER TABLE away RENAME TO price_close")
@@ -296,14 +304,38 @@ async def test_what_can_not_be_written_waits_and_is_bounded(twin: Twin, monkeypa
     assert telemetry.PRICE_CLOSE_GAPS._value.get() == before + 1
 
 
+async def test_a_symbol_has_a_price_from_its_very_first_quote_on(twin: Twin) -> None:
+    clock = SetClock(START)
+    recording, intake = await recorder(twin, clock)
+    for minutes, symbol in ((10, "NEW"), (20, "NEW"), (15, "AAPL")):
+        offer(intake, START + timedelta(minutes=minutes), str(minutes), symbol)
+        await poll_at(recording, clock, START + timedelta(minutes=minutes + 1))
+    first = START + timedelta(minutes=10)
+    assert await closes(twin) == [("NEW", first, 10, first)]
+
+
+async def test_prices_are_recorded_at_the_day_cuts_that_portfolios_have(twin: Twin) -> None:
+    """Of two that are passed at once both are kept."""
+    clock = SetClock(START)
+    recording, intake = await recorder(twin, clock)
+    recording.follow([parse_day_cut("13:31 UTC"), parse_day_cut("19:07 Asia/Kolkata")])  # 13:37 UTC
+    for minutes in (30, 32, 38):
+        offer(intake, START + timedelta(minutes=minutes), str(minutes))
+    assert await poll_at(recording, clock, START + timedelta(minutes=39)) == 2
+    assert [(at, price) for _, at, price, _ in await closes(twin)] == [
+        (START + timedelta(minutes=31), 30),
+        (START + timedelta(minutes=37), 32),
+    ]
+
+
 async def test_a_market_without_sessions_has_its_hours(twin: Twin) -> None:
     clock, intake = SetClock(START), QuoteIntake(Settings(), catalogue=[])
     intake.ready.set()
     recording = PriceRecorder(clock, intake, PriceCloses(lambda: twin.pool))
-    offer(intake, START)
+    offer(intake, START + HOUR)
     offer(intake, START + 20 * HOUR + timedelta(seconds=1), "2")
-    assert await poll_at(recording, clock, START + 20 * HOUR + timedelta(seconds=1)) == 1
-    assert [(at, price) for _, at, price, _ in await closes(twin)] == [(START + 20 * HOUR, 1)]
+    assert await poll_at(recording, clock, START + 20 * HOUR + timedelta(seconds=1)) == 2
+    assert [(at, price) for _, at, price, _ in await closes(twin)] == [(START + HOUR, 1), (START + 20 * HOUR, 1)]
 
 
 # -- the whole worker -------------------------------------------------------------------------------------------
@@ -325,7 +357,7 @@ async def test_the_worker_keeps_what_comes_until_it_is_asked_to_stop(twin: Twin,
             while len(await twin.pool.fetch("SELECT FROM equity_snapshot WHERE at > $1", old + HOUR)) < 1:
                 await asyncio.sleep(0.02)
             clock.ns = to_ns(START + HOUR) + SECOND_NS
-            while not await closes(twin):
+            while len(await closes(twin)) < 2:
                 await asyncio.sleep(0.02)
             while await twin.pool.fetchval("SELECT count(*) FROM equity_snapshot WHERE at = $1", old):
                 await asyncio.sleep(0.02)
@@ -333,6 +365,7 @@ async def test_the_worker_keeps_what_comes_until_it_is_asked_to_stop(twin: Twin,
         stop.set()
         async with asyncio.timeout(WAIT_S):
             await task
-    (symbol, at, _, _), *others = await closes(twin)
-    assert (symbol, at, others) == ("AAPL", to_datetime(to_ns(START) + HOUR_NS), [])
-    assert await PriceCloses(lambda: twin.pool).closes_at(["AAPL"], START) == {}
+    assert [(symbol, at) for symbol, at, _, _ in await closes(twin)] == [
+        ("AAPL", START),
+        ("AAPL", to_datetime(to_ns(START) + HOUR_NS)),
+    ]
