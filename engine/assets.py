@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib.resources import files
 
+import msgspec
+
 from engine.messages import EventRejected, check_symbol
 
 HEADER = ("symbol", "name", "asset_class", "sector", "industry")
@@ -47,6 +49,24 @@ class Asset:
     asset_class: AssetClass
     sector: str
     industry: str
+
+
+class Classification(msgspec.Struct, frozen=True, array_like=True):
+    """What a symbol is classified as, and since when, as Redis keeps it. `version` counts a symbol's from 1."""
+
+    name: str
+    asset_class: AssetClass
+    sector: str
+    industry: str
+    version: int
+    effective_at_ns: int
+
+    def asset(self, symbol: str) -> Asset:
+        return Asset(symbol, self.name, self.asset_class, self.sector, self.industry)
+
+
+classification_encoder = msgspec.msgpack.Encoder()
+classification_decoder: msgspec.msgpack.Decoder[Classification] = msgspec.msgpack.Decoder(Classification)
 
 
 class AssetFileError(ValueError):

@@ -244,4 +244,4 @@ class LedgerBuilder:
         )
 
     async def assets(self, assets: Sequence[Asset]) -> None:
-        await upsert_assets(self.pool, assets)
+        await upsert_assets(self.pool, assets, OPENED_AT)

@@ -86,14 +86,19 @@ def load(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="symbol,name,asset_class,sector,industry")],
     ready_file: Ready = None,
 ) -> None:
-    """Add assets to the catalogue, or change their classification. Example: `navstream assets load my_assets.csv`"""
+    """Add assets to the catalogue, or change their classification, which then counts from now on and not for before.
+
+    Loading the same file again changes nothing. Example: `navstream assets load my_assets.csv`
+    """
     from workers.catalogue import load_assets
 
     settings = settings_of(ready_file, "postgres_url")
     try:
-        count = asyncio.run(load_assets(settings, file.read_text()))
+        loaded = asyncio.run(load_assets(settings, file.read_text()))
     except ValueError as error:
         fail(f"{file}: {error}")
     except AWAY as error:
         fail(f"could not load: {type(error).__name__}: {error}", 3)
-    console.print(f"{count} assets loaded", highlight=False)
+    unchanged = loaded.count - loaded.added - loaded.reclassified
+    figures = f"{loaded.added} added, {loaded.reclassified} reclassified, {unchanged} unchanged"
+    console.print(f"{loaded.count} assets: {figures}", highlight=False)

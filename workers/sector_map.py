@@ -1,36 +1,56 @@
-"""Symbol → sector and asset class, from the asset table, kept in memory; what is not there is UNCLASSIFIED."""
+"""Symbol → asset class, sector and industry as they are in force, kept in memory; what is not there is UNCLASSIFIED.
+
+`refresh` asks for what was loaded since, so that a reclassification is known within the interval at which it is called.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from engine.assets import UNCLASSIFIED, AssetClass
-from engine.stores.tables import asset
+from engine.assets import Asset, AssetClass, unclassified
+from engine.stores.assets_postgres import versions_after
+from engine.stores.ledger_rows import driver_of
 
 
 class SectorMap:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._sectors: dict[str, str] = {}
-        self._classes: dict[str, AssetClass] = {}
+        self._assets: dict[str, Asset] = {}
+        self._arrival = 0
 
     async def load(self) -> None:
-        """Read all assets. Raises DBAPIError, OSError."""
-        async with self._engine.connect() as connection:
-            rows = (await connection.execute(select(asset.c.symbol, asset.c.sector, asset.c.asset_class))).all()
-        self._sectors = {row.symbol: row.sector for row in rows}
-        self._classes = {row.symbol: AssetClass(row.asset_class) for row in rows}
+        """Read all assets. Raises DBAPIError, asyncpg.PostgresError, OSError."""
+        self._arrival = 0
+        await self.refresh()
 
-    def learn(self, unclassified: Iterable[str]) -> None:
+    async def refresh(self) -> set[str]:
+        """Learn what was loaded since; returns the symbols whose class, sector or industry is another one now.
+
+        Raises DBAPIError, asyncpg.PostgresError, OSError.
+        """
+        async with self._engine.connect() as connection:
+            arrived = await versions_after(await driver_of(connection), self._arrival)
+        changed = set()
+        for one in arrived:
+            asset, known = one.asset, self._get(one.asset.symbol)
+            if (asset.asset_class, asset.sector, asset.industry) != (known.asset_class, known.sector, known.industry):
+                changed.add(asset.symbol)
+            self._assets[asset.symbol] = asset
+            self._arrival = one.arrival
+        return changed
+
+    def learn(self, symbols: Iterable[str]) -> None:
         """Note assets that a fill has just created."""
-        for symbol in unclassified:
-            self._sectors.setdefault(symbol, UNCLASSIFIED)
+        for symbol in symbols:
+            self._assets.setdefault(symbol, unclassified(symbol))
 
     def sector_of(self, symbol: str) -> str:
-        return self._sectors.get(symbol, UNCLASSIFIED)
+        return self._get(symbol).sector
 
     def class_of(self, symbol: str) -> AssetClass:
-        return self._classes.get(symbol, AssetClass.UNCLASSIFIED)
+        return self._get(symbol).asset_class
+
+    def _get(self, symbol: str) -> Asset:
+        return self._assets.get(symbol) or unclassified(symbol)

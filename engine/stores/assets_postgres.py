@@ -1,6 +1,12 @@
-"""Assets in PostgreSQL, table `asset` (engine.stores.tables): what every process and every query joins with.
+"""Assets in PostgreSQL, tables `asset` and `asset_version` (engine.stores.tables): what every process joins with.
 
-A later load wins over an earlier one, row by row.
+`asset` has the newest classification of a symbol, `asset_version` all of them, each with the instant since when it is
+in force. A symbol's first one has always been, because nobody had another; a load that changes class, sector or
+industry begins a new one at the instant of the load, and moves nothing of before. A new name is just a better name:
+the newest version has it, and arrives once more. `arrival` numbers versions in the order in which they were committed,
+so that readers ask for what is new alone.
+
+Loads come one after another. Loading the same twice changes nothing; of a repeated symbol the last row counts.
 Listing is by keyset, in symbol order of the C collation, so that pages neither repeat nor miss a symbol
 whatever the database's locale is.
 """
@@ -8,20 +14,57 @@ whatever the database's locale is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 from engine.assets import Asset, AssetClass
 
 UPSERT_COUNT_MAX = 1_000  # rows of one statement; bounds its parameters and its locks
 
 _COLUMNS = "symbol, name, asset_class, sector, industry"
-_ROWS = "SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])"
+# Fills add UNCLASSIFIED assets before a load or after it: no version arrives before one that is committed after it.
+_ONE_AFTER_ANOTHER = "LOCK TABLE asset_version IN SHARE ROW EXCLUSIVE MODE"
 _UPSERT = f"""
-    INSERT INTO asset ({_COLUMNS}) {_ROWS}
+    INSERT INTO asset AS known ({_COLUMNS})
+    SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])
     ON CONFLICT (symbol) DO UPDATE SET
         name = excluded.name, asset_class = excluded.asset_class,
-        sector = excluded.sector, industry = excluded.industry
+        sector = excluded.sector, industry = excluded.industry,
+        version = known.version + CASE WHEN (known.asset_class, known.sector, known.industry)
+            = (excluded.asset_class, excluded.sector, excluded.industry) THEN 0 ELSE 1 END
+    WHERE ($6 OR known.asset_class = 'UNCLASSIFIED')
+        AND (known.name, known.asset_class, known.sector, known.industry)
+            <> (excluded.name, excluded.asset_class, excluded.sector, excluded.industry)
+"""  # noqa: S608 - the columns are ours
+# A version is never in force before the one that it follows, whatever the clock says.
+_BEGIN_VERSIONS = """
+    INSERT INTO asset_version (symbol, version, effective_at, name, asset_class, sector, industry)
+    SELECT symbol, asset.version, CASE WHEN before.version IS NULL THEN 'epoch'
+        ELSE greatest($2, before.effective_at + interval '1 microsecond') END,
+        asset.name, asset.asset_class, asset.sector, asset.industry
+    FROM asset LEFT JOIN asset_version AS before USING (symbol)
+    WHERE symbol = ANY($1::text[]) AND (before.version IS NULL OR before.version = asset.version - 1)
+        AND NOT EXISTS (
+            SELECT FROM asset_version AS same WHERE same.symbol = asset.symbol AND same.version = asset.version
+        )
+    ORDER BY symbol
+    RETURNING version
+"""
+_RENAME = """
+    UPDATE asset_version AS newest SET name = asset.name, arrival = DEFAULT FROM asset
+    WHERE asset.symbol = ANY($1::text[]) AND newest.symbol = asset.symbol AND newest.version = asset.version
+        AND newest.name <> asset.name
+"""
+_VERSIONS = """
+    SELECT arrival, symbol, version, effective_at, name, asset_class, sector, industry FROM asset_version
+    WHERE arrival > $1 ORDER BY arrival
+"""
+_IN_FORCE = """
+    SELECT DISTINCT ON (symbol) symbol, name, asset_class, sector, industry FROM asset_version
+    WHERE symbol = ANY($1::text[]) AND effective_at <= $2 ORDER BY symbol, version DESC
 """
 _GET = f"SELECT {_COLUMNS} FROM asset WHERE symbol = ANY($1::text[])"  # noqa: S608
 _CLASSES = "SELECT symbol, asset_class FROM asset"
@@ -32,18 +75,57 @@ _LIST = f"""
     ORDER BY symbol COLLATE "C" LIMIT $4
 """  # noqa: S608
 
-Connection = asyncpg.Pool | asyncpg.Connection
+Connection = asyncpg.Pool | asyncpg.Connection | PoolConnectionProxy
 
 
-async def upsert_assets(pool: asyncpg.Pool, assets: Iterable[Asset]) -> int:
-    """Write all of `assets` in one transaction, the last of a repeated symbol; answers how many symbols."""
-    # Sorted, so that two loads at the same time take their row locks in the same order.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load did, in symbols: `added` were not known, `reclassified` have begun a new version."""
+
+    count: int
+    added: int
+    reclassified: int
+
+
+@dataclass(frozen=True, slots=True)
+class AssetVersion:
+    """A classification, and since when it is in force."""
+
+    arrival: int
+    version: int
+    effective_at: datetime
+    asset: Asset
+
+
+async def upsert_assets(pool: asyncpg.Pool, assets: Iterable[Asset], at: datetime, reclassify: bool = True) -> Loaded:
+    """Write all of `assets` in one transaction; what changes a classification does so from `at` on.
+
+    Without `reclassify` only what nobody has classified yet is changed.
+    """
     by_symbol = {asset.symbol: asset for asset in assets}
     ordered = [by_symbol[symbol] for symbol in sorted(by_symbol)]
+    begun: list[int] = []
     async with pool.acquire() as connection, connection.transaction():
+        await connection.execute(_ONE_AFTER_ANOTHER)
         for start in range(0, len(ordered), UPSERT_COUNT_MAX):
-            await connection.execute(_UPSERT, *_arrays(ordered[start : start + UPSERT_COUNT_MAX]))
-    return len(ordered)
+            part = ordered[start : start + UPSERT_COUNT_MAX]
+            await connection.execute(_UPSERT, *_arrays(part), reclassify)
+            symbols = [one.symbol for one in part]
+            begun += [row[0] for row in await connection.fetch(_BEGIN_VERSIONS, symbols, at)]
+            await connection.execute(_RENAME, symbols)
+    return Loaded(len(ordered), begun.count(1), len(begun) - begun.count(1))
+
+
+async def versions_after(connection: Connection, arrival: int) -> list[AssetVersion]:
+    """The classifications that arrived after `arrival`, in that order."""
+    rows = await connection.fetch(_VERSIONS, arrival)
+    return [AssetVersion(row["arrival"], row["version"], row["effective_at"], _asset(row)) for row in rows]
+
+
+async def classified_at(connection: Connection, symbols: Iterable[str], at: datetime) -> dict[str, Asset]:
+    """The classifications in force at an instant, of the known ones among `symbols`."""
+    rows = await connection.fetch(_IN_FORCE, list(set(symbols)), at)
+    return {row["symbol"]: _asset(row) for row in rows}
 
 
 async def get_assets(connection: Connection, symbols: Iterable[str]) -> dict[str, Asset]:

@@ -51,6 +51,22 @@ asset = Table(
     Column("asset_class", Text, nullable=False),
     Column("sector", Text, nullable=False),
     Column("industry", Text, nullable=False),
+    Column("version", Integer, nullable=False, server_default="1"),
+)
+
+# Every classification that an asset had, and since when; `asset` has the newest. `arrival` numbers them as they came.
+asset_version = Table(
+    "asset_version",
+    metadata,
+    Column("symbol", Text, ForeignKey("asset.symbol"), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("arrival", BigInteger, Identity(), nullable=False, unique=True),
+    Column("effective_at", INSTANT, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("asset_class", Text, nullable=False),
+    Column("sector", Text, nullable=False),
+    Column("industry", Text, nullable=False),
+    CheckConstraint("version > 0", name="asset_version_number"),
 )
 
 # One row per Kafka partition. `log_id` (cluster/topic) names the log that `next_offset` counts in; `epoch` fences
@@ -96,6 +112,8 @@ portfolio = Table(
     Column("corporate", MONEY, nullable=False),
     Column("ledger_sequence", BigInteger, nullable=False),
     Column("ledger_hash", LargeBinary, nullable=False),
+    Column("fills", BigInteger, nullable=False, server_default="0"),
+    Column("streak", BigInteger, nullable=False, server_default="0"),
     _finite("cash"),
     Index("portfolio_by_owner", "owner", "id"),
     Index("portfolio_by_shard", "shard"),
