@@ -9,6 +9,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from alembic import context
 from engine.runtime.settings import Settings
+from engine.stores import badge_tables as badge_tables  # its tables join the metadata
+from engine.stores import webhook_tables as webhook_tables
 from engine.stores.migrate import async_url
 from engine.stores.tables import metadata
 

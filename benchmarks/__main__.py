@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import book, booking, history, hot_write, ledger, seed_system
+from benchmarks import badge_stream, badges, book, booking, history, hot_write, ledger, seed_system
 
 BENCHMARKS = {
+    "badge_stream": badge_stream.run,
+    "badges": badges.run,
     "book": book.run,
     "booking": booking.run,
     "history": history.run,

@@ -131,7 +131,7 @@ async def fill_database(postgres_url: str, load: Load, shard_of: dict[str, int])
         sums = portfolio.cash, 0, 0, 0, portfolio.flows, 0, portfolio.trading, 0
         money = [Decimal(value).scaleb(-6) for value in sums]
         account = (name, shard_of[name], f"owner-{number % 5_000}", name, "USD", "00:00 UTC", OPENED_AT, *money)
-        accounts.append((*account, len(rows), portfolio.ledger_hash))
+        accounts.append((*account, len(rows), portfolio.ledger_hash, portfolio.fills, portfolio.streak))
         positions += [(name, symbol, *position_row(held).values()) for symbol, held in portfolio.positions.items()]
         entries += [tuple(row.values()) for row in rows]
         columns = list(rows[0])

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.amounts import decimals_of
-from engine.book_columns import Column, Float64s, Int64s, values_of
+from engine.book_columns import Column, Float64s, HeldValue, Int64s, values_of
 from engine.marks import MARK, MarkArray, MarkQuality
 from engine.messages import Condition
 from engine.pnl import DayBase, day_ratio_e12
@@ -76,16 +76,6 @@ class Account:
     corporate: int
     ledger_sequence: int
     day: DayBase
-
-
-@dataclass(frozen=True, slots=True)
-class HeldValue:
-    """One position's present value, as the Book holds it."""
-
-    symbol: str
-    value: int
-    day_base: int
-    missing: bool
 
 
 class Book:
@@ -296,6 +286,16 @@ class Book:
             for symbol, row in self._rows[self._slot_of[portfolio_id]].items()
             for column in (self._columns[symbol],)
         ]
+
+    def holders(self, symbol: str) -> Int64s:
+        """The slots that hold a symbol, in no order."""
+        column = self._columns.get(symbol)
+        return np.zeros(0, np.int64) if column is None else column.holder[: column.count].astype(np.int64)
+
+    def values(self, portfolio_id: str) -> list[tuple[str, int]]:
+        """The open positions' present values: symbol and micro-units."""
+        columns = self._columns
+        return [(at, columns[at].value.item(row)) for at, row in self._rows[self._slot_of[portfolio_id]].items()]
 
     def values_of(self, slots: Int64s) -> list[dict[str, int]]:
         """Of each slot the open positions' present values by symbol, in micro-units."""

@@ -8,6 +8,7 @@ Rows [0, count) are in use. `values_at` is where quantities meet a price; engine
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from decimal import Decimal
 
 import numpy as np
@@ -28,6 +29,16 @@ EXACT_PRODUCT_MAX = float(2**49)
 PRODUCT_ERROR = float(2**-50)
 COLUMN_CAPACITY_MIN = 8
 _ROW_FIELDS = ("holder", "quantity", "value", "cost", "day_base")
+
+
+@dataclass(frozen=True, slots=True)
+class HeldValue:
+    """One position's present value, as the Book holds it."""
+
+    symbol: str
+    value: int
+    day_base: int
+    missing: bool
 
 
 class Column:

@@ -83,6 +83,13 @@ class Marks(Protocol):
     def position_day_base(self, portfolio_id: str, symbol: str) -> int: ...
 
 
+class Watch(Protocol):
+    """Whoever follows a batch entry by entry, in the transaction that books it."""
+
+    def booked(self, held: Portfolio, booking: Booking, price: Decimal | None) -> None:
+        """`held` is the portfolio right after the entry, `price` that of the entry's symbol."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Exposure:
     """Σ |value| and Σ |cost| of a portfolio within the batch, and its signed notionals of the batch per symbol.
@@ -124,9 +131,17 @@ class Known:
 class Batch:
     """Records of one shard's partition, ascending offsets; undecodable ones are dead letters from the start."""
 
-    def __init__(self, shard: int, records: Sequence[Record], marks: Marks, recorded_at: datetime) -> None:
+    def __init__(
+        self,
+        shard: int,
+        records: Sequence[Record],
+        marks: Marks,
+        recorded_at: datetime,
+        watch: Watch | None = None,
+    ) -> None:
         self._shard = shard
         self._marks = marks
+        self._watch = watch
         self._recorded_at = recorded_at
         self._events: list[tuple[Record, PortfolioEvent]] = []
         self._outcome = Booked()
@@ -203,6 +218,8 @@ class Batch:
         if entry.reverses is not None:
             self._reversed.add(entry.reverses)
         outcome.entries.append(entry)
+        if self._watch is not None:
+            self._watch.booked(held, booking, None if entry.symbol is None else self._marks.price(entry.symbol))
         return entry
 
     def _draft(self, event: PortfolioEvent, known: Known) -> LedgerEntry:
@@ -330,7 +347,9 @@ class DueStep:
     content: bytes
 
 
-def book_step(outcome: Booked, due: DueStep, holders: Iterable[Holder], recorded_at: datetime) -> list[LedgerEntry]:
+def book_step(
+    outcome: Booked, due: DueStep, holders: Iterable[Holder], recorded_at: datetime, watch: Watch | None = None
+) -> list[LedgerEntry]:
     """Book one step for its holders; returns its entries, which `outcome` has too.
 
     A holder whose figures would leave the exact range is passed over and named in `dead_letters`, without a record.
@@ -353,6 +372,8 @@ def book_step(outcome: Booked, due: DueStep, holders: Iterable[Holder], recorded
             touched.add(step.symbol)
         if booking.closed is not None:
             outcome.closed.append((held.portfolio_id, booking.closed))
+        if watch is not None:
+            watch.booked(held, booking, due.prices.after)
         entries.append(booking.entry)
     outcome.entries += entries
     return entries

@@ -67,6 +67,11 @@ class ClosedPosition:
     opened_sequence: int
     closed_sequence: int
 
+    @property
+    def is_profitable(self) -> bool:
+        """Whether anything is left of what the cycle realised once its fees are paid."""
+        return self.realized > self.fees
+
 
 @dataclass(frozen=True, slots=True)
 class Present:
@@ -101,7 +106,10 @@ Admission = Callable[[LedgerEntry, Position | None], None]
 
 @dataclass(slots=True)
 class Portfolio:
-    """Folded state; amounts in micro-units. The sums are signed and count from the opening."""
+    """Folded state; amounts in micro-units. The sums are signed and count from the opening.
+
+    `fills` counts the fills that stand; `streak` the closes in a row, up to the last one, that were profitable.
+    """
 
     portfolio_id: str
     base_currency: str
@@ -115,6 +123,8 @@ class Portfolio:
     corporate: int = 0
     ledger_sequence: int = 0
     ledger_hash: bytes = CHAIN_START
+    fills: int = 0
+    streak: int = 0
     positions: dict[str, Position] = field(default_factory=dict)
 
     def check_event(self, event: PortfolioEvent) -> None:
@@ -200,6 +210,10 @@ class Portfolio:
         self.cash, self.receivables, self.realized = cash, receivables, realized
         self.fees, self.income, self.flows = fees, income, flows
         self.trading, self.corporate = trading, corporate
+        if kind is LedgerKind.FILL:
+            self.fills += 1 if entry.reverses is None else -1
+            if effect.closed is not None and entry.reverses is None:
+                self.streak = self.streak + 1 if effect.closed.is_profitable else 0
         self.ledger_sequence, self.ledger_hash = entry.sequence, entry.hash
 
     def _effect(self, entry: LedgerEntry, sequence: int) -> _Effect:

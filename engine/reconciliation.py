@@ -30,6 +30,7 @@ from engine.positions import HotPosition, carried_value
 from engine.posting import hot_position
 
 SUMS = ("cash", "receivables", "realized", "fees", "income", "flows", "trading", "corporate")
+COUNTS = ("fills", "streak")
 
 
 class ReconciliationStatus(StrEnum):
@@ -206,7 +207,7 @@ def record_differences(fold: Portfolio, record: Record) -> list[Difference]:
     """The account and the position rows against the fold."""
     kept = record.portfolio
     checks: list[tuple[str, object, object]] = [
-        (f"account {name}", getattr(fold, name), getattr(kept, name)) for name in SUMS
+        (f"account {name}", getattr(fold, name), getattr(kept, name)) for name in (*SUMS, *COUNTS)
     ]
     checks.append(("account ledger_hash", fold.ledger_hash.hex(), kept.ledger_hash.hex()))
     checks.append(("receivable rows", fold.receivables, record.receivables))

@@ -165,6 +165,9 @@ class Bookkeeping:
         self.now += STEP
         return outcome
 
+    def sector_of(self, symbol: str) -> str:
+        return SECTORS.get(symbol, "UNCLASSIFIED")
+
     def posted(self, shard: int, outcome: Booked) -> None:
         for entry in outcome.entries:
             self.entries.setdefault(entry.portfolio_id, []).append(entry)
@@ -172,7 +175,7 @@ class Bookkeeping:
             self.keep(outcome.portfolios[name], outcome.touched[name])
         for name, cycle in outcome.closed:
             self.closed.setdefault(name, []).append(cycle)
-        self.changes = post(self.book, shard, outcome, SECTORS.__getitem__, self.splits_in_book)
+        self.changes = post(self.book, shard, outcome, self.sector_of, self.splits_in_book)
 
     def splits_in_book(self, symbol: str) -> Sequence[Split]:
         taken = {applied.split for of_shard in self.splits.values() for applied in of_shard.get(symbol, ())}

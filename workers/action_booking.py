@@ -28,7 +28,9 @@ from engine.runtime.clock import HOUR_NS, Clock, to_datetime
 from engine.runtime.connections import AWAY
 from engine.runtime.settings import Settings
 from engine.stores.actions_postgres import ActionsStore, KnownAction
+from engine.stores.badges_postgres import BatchProver
 from engine.stores.ledger_postgres import Fenced, Lease
+from workers.badge_proving import BadgeProving
 from workers.corporate_actions import ActionSchedule
 from workers.dead_letters import bury
 from workers.flusher import Flusher, OwnedShard
@@ -52,6 +54,7 @@ class Host(Protocol):
     actions: ActionSchedule
     flusher: Flusher
     sectors: SectorMap
+    badges: BadgeProving
 
     def lose(self, lease: Lease, reason: str) -> None: ...
 
@@ -160,9 +163,10 @@ class ActionBooking:
         owned = self._host.owned.get(shard)
         if owned is None or self._host.is_leaving(shard):
             return
-        at = self._now()
+        at, prover = self._now(), self._host.badges.prover(shard)
         try:
-            booked, new = await self._store.book(owned.lease, due, at, self._host.actions.splits_of_shard(shard))
+            splits = self._host.actions.splits_of_shard(shard)
+            booked, new = await self._store.book(owned.lease, due, at, splits, prover)
         except Fenced as error:
             self._host.lose(owned.lease, str(error))
             return
@@ -179,9 +183,9 @@ class ActionBooking:
             book, symbol, after = self._host.book, one.step.symbol, one.prices.after
             if after is not None and book.price(symbol) == one.prices.before:
                 book.rescale(symbol, after)
-        await self._post(owned, due, booked)
+        await self._post(owned, due, booked, prover)
 
-    async def _post(self, owned: OwnedShard, due: Sequence[DueStep], booked: Booked) -> None:
+    async def _post(self, owned: OwnedShard, due: Sequence[DueStep], booked: Booked, prover: BatchProver) -> None:
         for letter in booked.dead_letters:
             telemetry.ACTION_HOLDERS_PASSED.inc()
             _log.error("holder_passed_over", code=letter.code, reason=letter.reason)
@@ -192,6 +196,7 @@ class ActionBooking:
         try:
             host = self._host
             changes = post(host.book, owned.lease.shard, booked, host.sectors.sector_of, host.actions.splits_of)
+            host.badges.booked(prover, booked)
             await host.flusher.write_positions(owned, [change for change in changes if change.is_of_positions])
         finally:
             owned.posting = False

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from engine.badges import Rule, States
 from engine.baselines import Baseline
 from engine.book import Book
+from engine.book_columns import Int64s
 from engine.stores.hot_state_redis import HotStateWriter
 from engine.stores.ledger_postgres import Lease
 from engine.stores.shard_loading import LoadedPortfolio
@@ -48,6 +50,19 @@ class OwnedShard:
     loaded: Sequence[LoadedPortfolio] | None = None
 
 
+class Badges(Protocol):
+    """What is told of every portfolio that is loaded and of every row that is about to be flushed."""
+
+    @property
+    def rules(self) -> Sequence[Rule]: ...
+
+    def take(self, shard: int, portfolio: LoadedPortfolio, states: States) -> None: ...
+
+    def drop(self, shard: int) -> None: ...
+
+    def look(self, owned: OwnedShard, slots: Int64s, as_of_ns: int) -> None: ...
+
+
 class Host(Protocol):
     """What the flusher needs of the evaluator it belongs to."""
 
@@ -58,5 +73,8 @@ class Host(Protocol):
     shards: Shards
     sectors: SectorMap
     actions: ActionSchedule
+
+    @property
+    def badges(self) -> Badges: ...
 
     def lose(self, lease: Lease, reason: str) -> None: ...

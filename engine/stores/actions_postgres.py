@@ -35,9 +35,9 @@ from engine.corporate_actions import (
 from engine.ledger import LedgerEntry, LedgerKind, write_scale
 from engine.portfolio import Portfolio
 from engine.runtime.clock import to_ns
-from engine.stores.ledger_postgres import Fenced, Lease, write_booked
-from engine.stores.ledger_rows import portfolio_of, position_of, read_scale
-from engine.stores.tables import corporate_action, portfolio, position, receivable, shard, shard_action, topic_offset
+from engine.stores.ledger_postgres import Lease, Prover, assert_epoch, write_booked
+from engine.stores.ledger_rows import driver_of, portfolio_of, position_of, read_scale
+from engine.stores.tables import corporate_action, portfolio, position, receivable, shard_action, topic_offset
 
 _ZERO = Decimal(0)
 _ORDER = (LedgerKind.SPLIT, LedgerKind.DIVIDEND_ACCRUED, LedgerKind.DIVIDEND_PAID)
@@ -85,7 +85,7 @@ class ActionsStore:
         """
         rows = {action.action_id: _action_row(action, recorded_at) for action in reversed(actions)}
         async with self._engine.begin() as connection:
-            await _assert_epoch(connection, lease)
+            await assert_epoch(connection, lease)
             columns = corporate_action.c.action_id, corporate_action.c.content_hash
             among = select(*columns).where(corporate_action.c.action_id.in_(list(rows)))
             known = {row.action_id: row.content_hash for row in await connection.execute(among)}
@@ -120,16 +120,18 @@ class ActionsStore:
         due: Sequence[DueStep],
         recorded_at: datetime,
         splits: Mapping[str, Sequence[AppliedSplit]],
+        prover: Prover | None = None,
     ) -> tuple[Booked, list[Step]]:
         """Book steps, in their order, for all holders of a shard, in one transaction.
 
-        `splits` are those that the shard has booked already, by symbol.
+        `splits` are those that the shard has booked already, by symbol; what follows from the entries is the
+        `prover`'s to say.
 
         Returns what was booked and the steps that were new to the shard.
         """
         booked = Booked()
         async with self._engine.begin() as connection:
-            await _assert_epoch(connection, lease)
+            await assert_epoch(connection, lease)
             rows = [
                 {
                     "shard": lease.shard,
@@ -148,9 +150,11 @@ class ActionsStore:
                 booked_splits = {symbol: [one.split for one in of] for symbol, of in splits.items()}
                 holders = await _Holders.read(connection, lease.shard, [one.step for one in new], booked_splits)
                 for at, one in enumerate(new):
-                    holders.note(one.step, book_step(booked, one, holders.of(at, one.step), recorded_at))
+                    holders.note(one.step, book_step(booked, one, holders.of(at, one.step), recorded_at, prover))
                 await write_booked(connection, lease.shard, booked)
                 await holders.write_receivables(connection)
+                if prover is not None:
+                    await prover.write(await driver_of(connection))
         return booked, [one.step for one in new]
 
 
@@ -165,12 +169,6 @@ def applied_splits(
         if applied_at is not None and step.scale is not None:
             found.setdefault(step.symbol, []).append(AppliedSplit(Split(step.at, step.scale), applied_at))
     return found
-
-
-async def _assert_epoch(connection: AsyncConnection, lease: Lease) -> None:
-    mine = (shard.c.id == lease.shard) & (shard.c.epoch == lease.epoch)
-    if await connection.scalar(select(shard.c.id).where(mine).with_for_update()) is None:
-        raise Fenced(f"shard {lease.shard} has left epoch {lease.epoch}")
 
 
 @dataclass(slots=True)

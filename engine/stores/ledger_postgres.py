@@ -6,6 +6,7 @@
     2. reads what the records refer to                           entries with their ids, portfolios, positions
     3. books them (engine.booking), in the log's order
     4. writes entries, positions, portfolios, unheard-of assets  all or nothing
+    5. writes what follows from them (`Prover`)
 
 so each event has its effect exactly once however often it is delivered. Dead letters are handed to the caller,
 who produces them before the transaction commits.
@@ -15,14 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import Protocol
 
+import asyncpg
 from sqlalchemy import ARRAY, ColumnElement, Text, any_, literal, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from engine.assets import UNCLASSIFIED
-from engine.booking import AppliedSplit, Batch, Booked, DeadLetter, Known, Marks, Record
+from engine.booking import AppliedSplit, Batch, Booked, DeadLetter, Known, Marks, Record, Watch
 from engine.stores.ledger_rows import (
     driver_of,
     entry_of,
@@ -34,7 +37,7 @@ from engine.stores.ledger_rows import (
     write_portfolios,
     write_positions,
 )
-from engine.stores.tables import asset, ledger_entry, portfolio, position, shard
+from engine.stores.tables import asset, asset_version, ledger_entry, portfolio, position, shard
 
 
 class Fenced(Exception):
@@ -54,6 +57,12 @@ class Lease:
     log_id: str
 
 
+class Prover(Watch, Protocol):
+    """Follows a batch as it is booked, and then writes what it proves in the same transaction."""
+
+    async def write(self, driver: asyncpg.Connection) -> None: ...
+
+
 class LedgerWriter:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -67,6 +76,7 @@ class LedgerWriter:
         recorded_at: datetime,
         bury: Callable[[Sequence[DeadLetter]], Awaitable[None]],
         splits: Mapping[str, Sequence[AppliedSplit]],
+        prover: Prover | None = None,
     ) -> Booked:
         """Book `records` (ascending offsets of one partition) and commit; dead letters go through `bury` first.
 
@@ -74,11 +84,13 @@ class LedgerWriter:
         Raises Fenced; OffsetMoved; sqlalchemy.exc.DBAPIError, asyncpg.PostgresError or OSError when the database is
         not there (nothing happened).
         """
-        batch = Batch(lease.shard, records, marks, recorded_at)
+        batch = Batch(lease.shard, records, marks, recorded_at, prover)
         async with self._engine.begin() as connection:
             await _move_offset(connection, lease, next_offset, records[-1].offset + 1)
             outcome = batch.book(await _known(connection, batch, splits))
             await write_booked(connection, lease.shard, outcome)
+            if prover is not None:
+                await prover.write(await driver_of(connection))
             if outcome.dead_letters:
                 await bury(outcome.dead_letters)
         return outcome
@@ -124,6 +136,13 @@ async def _move_offset(connection: AsyncConnection, lease: Lease, from_offset: i
     await connection.execute(update(shard).where(mine).values(next_offset=to_offset))
 
 
+async def assert_epoch(connection: AsyncConnection, lease: Lease) -> None:
+    """Hold the shard until the transaction ends. Raises Fenced when it is not the lease's any more."""
+    mine = (shard.c.id == lease.shard) & (shard.c.epoch == lease.epoch)
+    if await connection.scalar(select(shard.c.id).where(mine).with_for_update()) is None:
+        raise Fenced(f"shard {lease.shard} has left epoch {lease.epoch}")
+
+
 async def write_booked(connection: AsyncConnection, shard_id: int, outcome: Booked) -> None:
     """Write entries and the states they lead to, in the transaction that `connection` has begun."""
     if not outcome.entries:
@@ -133,7 +152,12 @@ async def write_booked(connection: AsyncConnection, shard_id: int, outcome: Book
             {"symbol": s, "name": s, "asset_class": UNCLASSIFIED, "sector": UNCLASSIFIED, "industry": ""}
             for s in sorted(outcome.unclassified)
         ]
-        await connection.execute(insert(asset).on_conflict_do_nothing(), rows)
+        statement = insert(asset).on_conflict_do_nothing().returning(asset.c.symbol)
+        created = {row.symbol for row in await connection.execute(statement, rows)}
+        always = {"version": 1, "effective_at": datetime.fromtimestamp(0, UTC)}
+        versions = [row | always for row in rows if row["symbol"] in created]
+        if versions:
+            await connection.execute(insert(asset_version), versions)
     if outcome.opened:
         await connection.execute(insert(portfolio), [opened_row(shard_id, e) for e in outcome.opened.values()])
     driver = await driver_of(connection)

@@ -22,15 +22,17 @@ from engine.portfolio import ClosedPosition, Portfolio, Position
 ENTRY_COLUMNS = LedgerEntry.__slots__
 _ENTRY_MONEY = frozenset({"amount", "fee", "receivable", "realized", "cost", "nav_effect", "cash_after", "nav_before"})
 _SUMS = ("cash", "receivables", "realized", "fees", "income", "flows", "trading", "corporate")
+_COUNTS = ("fills", "streak")
 _POSITION = ("quantity", "cost", "realized", "fees", "opened_at", "opened_sequence")
 
 _WRITE_PORTFOLIOS = (
     "UPDATE portfolio SET "  # noqa: S608 - the columns are ours
-    + ", ".join(f"{name} = new.{name}" for name in (*_SUMS, "ledger_sequence", "ledger_hash"))
+    + ", ".join(f"{name} = new.{name}" for name in (*_SUMS, *_COUNTS, "ledger_sequence", "ledger_hash"))
     + " FROM unnest($1::text[], "
     + ", ".join(f"${at}::numeric[]" for at in range(2, 2 + len(_SUMS)))
-    + f", ${2 + len(_SUMS)}::bigint[], ${3 + len(_SUMS)}::bytea[]) AS new (id, "
-    + ", ".join((*_SUMS, "ledger_sequence", "ledger_hash"))
+    + "".join(f", ${at}::bigint[]" for at in range(2 + len(_SUMS), 5 + len(_SUMS)))
+    + f", ${5 + len(_SUMS)}::bytea[]) AS new (id, "
+    + ", ".join((*_SUMS, *_COUNTS, "ledger_sequence", "ledger_hash"))
     + ") WHERE portfolio.id = new.id"
 )
 _WRITE_POSITIONS = """
@@ -75,6 +77,7 @@ async def write_portfolios(driver: asyncpg.Connection, changed: Iterable[Portfol
         (
             held.portfolio_id,
             *(from_micro(getattr(held, name)) for name in _SUMS),
+            *(getattr(held, name) for name in _COUNTS),
             held.ledger_sequence,
             held.ledger_hash,
         )
@@ -135,6 +138,7 @@ def opened_row(shard_id: int, event: OpenEvent) -> dict[str, Any]:
         "ledger_sequence": 0,
         "ledger_hash": b"",
         **dict.fromkeys(_SUMS, Decimal(0)),
+        **dict.fromkeys(_COUNTS, 0),
     }
 
 
@@ -180,6 +184,8 @@ def portfolio_of(row: Any) -> Portfolio:
     portfolio.ledger_hash = bytes(row.ledger_hash)
     for name in _SUMS:
         setattr(portfolio, name, to_micro(getattr(row, name)))
+    for name in _COUNTS:
+        setattr(portfolio, name, getattr(row, name))
     return portfolio
 
 

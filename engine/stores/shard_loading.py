@@ -1,12 +1,12 @@
 """What a new owner of a shard reads to go on: states, positions, and the day since each portfolio's cut.
 
 The cut that a portfolio's day counts from is the last one of its kind. When its baseline is stored, day bases follow
-from it and from the entries beyond its ledger sequence. When nobody took it, it is estimated (engine.baselines) from
+from it and from the entries beyond its ledger sequence. When nobody took it, it is made (engine.baselines) from
 the entries recorded since, at
 
-    the price that the Book has, when it is of before the cut
-    else the last `price_close` up to the cut
-    else the price that the Book has
+    the price recorded at the cut
+    else the price that the Book has, when it is of before the cut
+    else, as an estimate, the last price recorded before the cut, or the price that the Book has
 
 and handed over to be stored. A portfolio without an entry at the cut has no baseline: its day began with nothing.
 
@@ -23,6 +23,7 @@ import asyncpg
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from engine.badges import Rule, States
 from engine.baselines import Baseline, Moved, Priced, Since, day_bases, estimate, held_at, price_in_shares_at
 from engine.book import Account, Holding
 from engine.booking import AppliedSplit
@@ -31,6 +32,7 @@ from engine.ledger import LedgerKind, Side
 from engine.portfolio import Portfolio, Position
 from engine.posting import account
 from engine.runtime.clock import to_datetime, to_ns
+from engine.stores.badges_postgres import states_of_shard
 from engine.stores.ledger_rows import driver_of, portfolio_of, read_scale
 from engine.stores.tables import portfolio
 
@@ -68,9 +70,9 @@ _SINCE = """
     ORDER BY entry.portfolio_id, sequence
 """
 _CLOSES = """
-    SELECT asked.symbol, price, ts_event FROM unnest($1::text[]) AS asked (symbol)
+    SELECT asked.symbol, price, ts_event, at = $2 AS is_of_cut FROM unnest($1::text[]) AS asked (symbol)
     CROSS JOIN LATERAL (
-        SELECT price, ts_event FROM price_close AS close WHERE close.symbol = asked.symbol AND at <= $2
+        SELECT at, price, ts_event FROM price_close AS close WHERE close.symbol = asked.symbol AND at <= $2
         ORDER BY at DESC LIMIT 1) AS last
 """
 _SPLITS = """
@@ -94,12 +96,14 @@ class LoadedPortfolio:
 
 @dataclass(frozen=True, slots=True)
 class LoadedShard:
-    """`cuts`: the last cut of each day cut that its portfolios have. `estimated`: baselines to store, by their cut."""
+    """`cuts`: the last cut of each day cut that its portfolios have. `estimated`: baselines to store, by their cut.
+    `badges`: what portfolios have met of the rules that were asked for, by portfolio and badge."""
 
     next_offset: int
     portfolios: Sequence[LoadedPortfolio]
     cuts: Mapping[str, int]
     estimated: Sequence[tuple[int, list[Baseline]]]
+    badges: Mapping[str, States]
 
 
 @dataclass(slots=True)
@@ -113,9 +117,14 @@ class _Day:
 
 
 async def load_shard(
-    connection: AsyncConnection, shard: int, next_offset: int, last_cut: LastCut, quote_of: QuoteOf
+    connection: AsyncConnection,
+    shard: int,
+    next_offset: int,
+    last_cut: LastCut,
+    quote_of: QuoteOf,
+    rules: Sequence[Rule] = (),
 ) -> LoadedShard:
-    """Read all of a shard."""
+    """Read all of a shard, with what its portfolios have met of these rules."""
     rows = (await connection.execute(select(portfolio).where(portfolio.c.shard == shard))).all()
     driver = await driver_of(connection)
     portfolios = {row.id: portfolio_of(row) for row in rows}
@@ -126,7 +135,8 @@ async def load_shard(
     await _read_since(driver, portfolios, days)
     estimated = await _estimate(driver, shard, portfolios, days, quote_of)
     loaded = [_loaded(portfolios[row.id], row.day_cut, days[row.id]) for row in rows]
-    return LoadedShard(next_offset, loaded, cuts, estimated)
+    badges = await states_of_shard(driver, shard, rules) if rules else {}
+    return LoadedShard(next_offset, loaded, cuts, estimated, badges)
 
 
 def _position(row: asyncpg.Record) -> Position:
@@ -190,18 +200,19 @@ async def _estimate(
     estimated = []
     for cut_at_ns, names in missed.items():
         symbols = sorted({symbol for name in names for symbol in held_at(portfolios[name], days[name].since)})
-        prices = await _prices_at(driver, shard, cut_at_ns, symbols, quote_of)
+        prices, recorded = await _prices_at(driver, shard, cut_at_ns, symbols, quote_of)
         for name in names:
             day = days[name]
-            day.baseline = estimate(portfolios[name], day.since, day.sequence, prices.get)
+            day.baseline = estimate(portfolios[name], day.since, day.sequence, prices.get, recorded)
         estimated.append((cut_at_ns, [baseline for name in names if (baseline := days[name].baseline)]))
     return estimated
 
 
 async def _prices_at(
     driver: asyncpg.Connection, shard: int, cut_at_ns: int, symbols: Sequence[str], quote_of: QuoteOf
-) -> dict[str, Decimal]:
-    """The prices at a cut, in the shares that the ledger counted then."""
+) -> tuple[dict[str, Decimal], set[str]]:
+    """The prices at a cut, in the shares that the ledger counted then; and the symbols whose prices were recorded at
+    it, or have not changed since."""
     cut_at = to_datetime(cut_at_ns)
     splits: dict[str, list[AppliedSplit]] = {}
     for row in await driver.fetch(_SPLITS, shard, symbols):
@@ -209,17 +220,20 @@ async def _prices_at(
         assert scale is not None
         applied = AppliedSplit(Split(row["effective_at"], scale), row["applied_at"])
         splits.setdefault(row["symbol"], []).append(applied)
-    closes = {
-        row["symbol"]: (row["price"], to_ns(row["ts_event"])) for row in await driver.fetch(_CLOSES, symbols, cut_at)
-    }
-    prices = {}
+    prices, recorded = {}, set()
+    closes = {row["symbol"]: row for row in await driver.fetch(_CLOSES, symbols, cut_at)}
     for symbol in symbols:
         quote, close = quote_of(symbol), closes.get(symbol)
-        priced = quote if quote is not None and quote[1] <= cut_at_ns else close or quote
+        is_unchanged = quote is not None and quote[1] <= cut_at_ns
+        if is_unchanged or (close is not None and close["is_of_cut"]):
+            recorded.add(symbol)
+        priced = quote
+        if close is not None and (close["is_of_cut"] or not is_unchanged):
+            priced = close["price"], to_ns(close["ts_event"])
         price = None if priced is None else price_in_shares_at(cut_at, priced, splits.get(symbol, ()))
         if price is not None:
             prices[symbol] = price
-    return prices
+    return prices, recorded
 
 
 def _loaded(held: Portfolio, day_cut: str, day: _Day) -> LoadedPortfolio:

@@ -22,6 +22,7 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from engine.badges import Rule
 from engine.baselines import Baseline
 from engine.stores.ledger_postgres import Fenced, Lease
 from engine.stores.ledger_rows import driver_of
@@ -99,7 +100,7 @@ class Shards:
         async with self._engine.begin() as connection:
             await connection.execute(evaluator.delete().where(evaluator.c.owner == self.owner))
 
-    async def load(self, lease: Lease, last_cut: LastCut, quote_of: QuoteOf) -> LoadedShard:
+    async def load(self, lease: Lease, last_cut: LastCut, quote_of: QuoteOf, rules: Sequence[Rule] = ()) -> LoadedShard:
         """All of a shard at one instant (engine.stores.shard_loading). Raises Fenced when it is not the lease's."""
         async with self._engine.connect() as connection:
             await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
@@ -108,7 +109,7 @@ class Shards:
             next_offset = await connection.scalar(select(shard.c.next_offset).where(mine))
             if next_offset is None:
                 raise Fenced(f"shard {lease.shard} has left epoch {lease.epoch}")
-            return await load_shard(connection, lease.shard, next_offset, last_cut, quote_of)
+            return await load_shard(connection, lease.shard, next_offset, last_cut, quote_of, rules)
 
     async def store_cut(self, lease: Lease, cut_at: datetime, baselines: Sequence[Baseline]) -> None:
         """Keep what portfolios were worth at a cut, each once. Raises Fenced."""

@@ -15,6 +15,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from engine.runtime.connections import postgres_dsn
+from engine.stores import badge_tables as badge_tables
+from engine.stores import webhook_tables as webhook_tables
 from engine.stores.migrate import async_url, upgrade
 from engine.stores.tables import metadata
 from tests.conftest import create_database, drop_database

@@ -1,0 +1,148 @@
+"""Badges that time or price bring about, proved by a real evaluator: at flush, by due date, also by the next owner."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine.badges import BadgeMessage, badge_message_decoder, load_rules
+from engine.runtime.settings import Settings
+from engine.stores.badges_postgres import sync_rules
+from engine.stores.ledger_postgres import Fenced
+from tests.running_system import System, connected, deposit, fill, opening, running, until, until_answered
+
+MONTH = timedelta(days=30)
+
+
+@pytest.fixture
+async def system(redis_db: str, fresh_database: str, kafka_bootstrap: str, topic: str) -> AsyncIterator[System]:
+    settings = Settings(
+        redis_url=redis_db,
+        postgres_url=fresh_database,
+        kafka_bootstrap=kafka_bootstrap,
+        topic=topic,
+        flush_interval_ms=20,
+    )
+    async with connected(settings) as one:
+        async with one.pool.acquire() as connection:
+            await sync_rules(connection, load_rules())
+        yield one
+
+
+async def proved(system: System) -> dict[str, BadgeMessage]:
+    """What the outbox holds, by event id; nothing is there twice."""
+    rows = await system.pool.fetch("SELECT event_id, topic, payload FROM outbox")
+    assert {row["topic"] for row in rows} <= {system.settings.badge_topic}
+    return {row["event_id"]: badge_message_decoder.decode(row["payload"]) for row in rows}
+
+
+async def when(system: System, event_id: str, timeout_s: float = 15) -> BadgeMessage:
+    async def is_there() -> bool:
+        return event_id in await proved(system)
+
+    await until_answered(is_there, timeout_s)
+    return (await proved(system))[event_id]
+
+
+def bought(name: str, opened_at: datetime, event_id: str, quantity: str = "1") -> Any:
+    return msgspec.structs.replace(fill(name, "BUY", quantity, "100", event_id), executed_at=opened_at)
+
+
+async def test_a_nav_is_proved_by_the_flush_that_reaches_it(system: System) -> None:
+    async with running(system.settings) as evaluator:
+        await system.quote("AAPL", "100")
+        await system.send(opening("p-1"), deposit("p-1", "999000", "d"), fill("p-1", "BUY", "10", "100", "b"))
+        await when(system, "first_fill:1#p-1#1")
+        await system.quote("AAPL", "199")
+        await system.mark_when("p-1", lambda mark: mark.nav == 999_990_000_000)
+        assert "whale:1#p-1#1" not in await proved(system)
+        await system.quote("AAPL", "200.5")
+        whale = await when(system, "whale:1#p-1#1")
+        await system.quote("AAPL", "150")
+        await system.mark_when("p-1", lambda mark: mark.nav < 1_000_000_000_000)
+        await system.quote("AAPL", "300")
+        await system.mark_when("p-1", lambda mark: mark.nav == 1_001_000_000_000)
+        await until(lambda: "whale" in evaluator.badges.book.states("p-1"))
+    assert (whale.evidence.nav, whale.evidence.prices) == ("1000005", {"AAPL": "200.5"})
+    assert (whale.evidence.figure, whale.evidence.ledger_sequence) == ("1000005", 3)
+    assert sorted(await proved(system)) == ["first_fill:1#p-1#1", "whale:1#p-1#1"]
+
+
+async def test_a_nav_with_an_unpriced_position_proves_nothing_yet(system: System) -> None:
+    async with running(system.settings):
+        await system.send(opening("p-1"), fill("p-1", "BUY", "10", "100", "b"), deposit("p-1", "2000000", "d"))
+        await system.mark_when("p-1", lambda mark: mark.nav == 2_000_000_000_000)
+        await asyncio.sleep(0.3)
+        assert "whale:1#p-1#1" not in await proved(system)
+        await system.quote("AAPL", "1")
+        assert (await when(system, "whale:1#p-1#1")).evidence.nav == "1999010"
+
+
+async def test_a_nav_that_its_finder_could_not_write_is_found_by_the_next_owner(system: System) -> None:
+    async with running(system.settings) as first:
+
+        async def fail(*_: object) -> None:
+            raise Fenced("not any more")
+
+        first.badges._store.prove = fail  # type: ignore[method-assign]
+        await system.send(opening("p-1"), deposit("p-1", "1000000", "d"))
+        await until(lambda: bool(first.badges._found) or not first.owned)
+    assert "whale:1#p-1#1" not in await proved(system)
+    async with running(system.settings):
+        await when(system, "whale:1#p-1#1")
+
+
+async def test_a_position_is_proved_when_it_is_old_enough(system: System) -> None:
+    soon = datetime.now(UTC) - MONTH + timedelta(seconds=3)
+    async with running(system.settings):
+        await system.send(opening("p-1"), bought("p-1", soon, "b1"), bought("p-1", soon + timedelta(days=1), "b2"))
+        await system.send(opening("p-2"), bought("p-2", soon, "c1"))
+        await system.send(fill("p-2", "SELL", "1", "100", "c2"))
+        await when(system, "first_fill:1#p-2#1")
+        assert "diamond_hands:1#p-1#1" not in await proved(system)
+        held = await when(system, "diamond_hands:1#p-1#1")
+    assert soon + MONTH <= held.at <= soon + MONTH + timedelta(seconds=2)
+    assert (held.evidence.symbol, held.evidence.opened_at, held.evidence.figure) == ("AAPL", soon, "30")
+    assert not [event_id for event_id in await proved(system) if event_id.startswith("diamond_hands:1#p-2")]
+
+
+async def test_a_due_date_survives_a_take_over(system: System) -> None:
+    soon = datetime.now(UTC) - MONTH + timedelta(seconds=4)
+    async with running(system.settings):
+        await system.send(opening("p-1"), bought("p-1", soon, "b1"))
+        await when(system, "first_fill:1#p-1#1")
+    assert datetime.now(UTC) < soon + MONTH, "the machine is too slow for this test"
+    async with running(system.settings) as second:
+        await when(system, "diamond_hands:1#p-1#1")
+        await until(lambda: "diamond_hands" in second.badges.book.states("p-1"))
+    async with running(system.settings) as third:
+        await until(lambda: "diamond_hands" in third.badges.book.states("p-1"))
+        assert third.badges.book.states("p-1").keys() == {"first_fill", "diamond_hands"}
+        await system.send(fill("p-1", "BUY", "1", "100", "more"))
+        await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 3)
+    assert sorted(await proved(system)) == ["diamond_hands:1#p-1#1", "first_fill:1#p-1#1"]
+
+
+async def test_a_reclassified_position_is_looked_at_again(system: System) -> None:
+    """Five symbols in four sectors are not diversified, until one of them is said to be of a fifth."""
+    symbols = ("AAPL", "XOM", "JPM", "PFE", "NEE")
+    sectors = dict(zip(symbols, ("Tech", "Energy", "Banks", "Health", "Health"), strict=True))
+    async with running(system.settings) as evaluator:
+        await until(lambda: len(evaluator.owned) == 4)
+        evaluator.sectors.sector_of = sectors.__getitem__  # type: ignore[method-assign, assignment]
+        await system.send(opening("p-1"), *(fill("p-1", "BUY", "1", "100", f"b-{of}", of) for of in symbols))
+        await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 6)
+        assert "diversified:1#p-1#1" not in await proved(system)
+        sectors["NEE"] = "Utilities"
+        evaluator.badges.reclassified(["p-1", "unknown"])
+        found = await when(system, "diversified:1#p-1#1")
+    assert (found.evidence.event_id, found.evidence.ledger_sequence, found.evidence.figure) == (None, 6, "5")
+    assert {one.sector: Decimal(one.weight or 0) for one in found.evidence.sectors or ()} == dict.fromkeys(
+        sectors.values(), Decimal("0.2")
+    )

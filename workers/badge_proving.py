@@ -1,0 +1,164 @@
+"""Badges of an evaluator's portfolios, from what an event or a price changed to the transaction that proves it.
+
+    booking    `prover` follows a batch in its transaction, `booked` takes in what it proved once it is committed
+    flush      `look` compares the NAVs of the changed rows and keeps what was found
+    events     `prove_due`, between batches: writes what flushes found, and looks at positions that are due
+
+Memory follows the ledger: after a failure of which nobody knows whether it was committed, the same is written again,
+and counts once. What a process found and had not written when it died is found again by the next owner, who flushes
+every row at take-over and loads every due date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Protocol
+
+import numpy as np
+
+from engine.badge_book import BadgeBook
+from engine.badges import Proof, Rule, States
+from engine.book import Book
+from engine.book_columns import Int64s
+from engine.booking import Booked
+from engine.runtime import telemetry
+from engine.runtime.clock import to_datetime
+from engine.stores.badges_postgres import BadgesStore, BatchProver
+from engine.stores.ledger_postgres import Fenced, Lease
+from engine.stores.shard_loading import LoadedPortfolio
+from workers.owned_shard import OwnedShard
+from workers.sector_map import SectorMap
+
+# How many portfolios one flush, and one transaction, proves anything for; the others have their turn right after.
+PER_FLUSH_MAX = 500
+PER_TRANSACTION_MAX = 500
+
+
+class Host(Protocol):
+    """What proving needs of the evaluator it belongs to."""
+
+    book: Book
+    owned: dict[int, OwnedShard]
+    sectors: SectorMap
+
+    def lose(self, lease: Lease, reason: str) -> None: ...
+
+    def is_leaving(self, shard: int) -> bool: ...
+
+
+class BadgeProving:
+    def __init__(self, store: BadgesStore, host: Host) -> None:
+        self._store = store
+        self._host = host
+        self.book = BadgeBook()
+        self._found: dict[int, list[Proof]] = {}
+        self._left: dict[int, Int64s] = {}
+        self._reclassified: set[str] = set()
+
+    @property
+    def rules(self) -> Sequence[Rule]:
+        """The current version of each badge."""
+        return self.book.rules
+
+    async def open(self) -> None:
+        """Read the rules, before any shard is taken. Raises AWAY errors."""
+        self.book.set_rules(await self._store.rules())
+
+    # -- shards ----------------------------------------------------------------------------------------------
+
+    def take(self, shard: int, portfolio: LoadedPortfolio, states: States) -> None:
+        """A portfolio that the Book has just taken in, with what it has met."""
+        oldest = min((position.opened_at for position in portfolio.positions.values()), default=None)
+        slot = self._host.book.slot(portfolio.portfolio_id)
+        self.book.open(portfolio.portfolio_id, shard, slot, states, oldest)
+
+    def drop(self, shard: int) -> None:
+        """Forget a shard; what was found and not written is somebody else's to find."""
+        self.book.drop_shard(shard)
+        self._found.pop(shard, None)
+        self._left.pop(shard, None)
+
+    # -- with the bookings -----------------------------------------------------------------------------------
+
+    def prover(self, shard: int) -> BatchProver:
+        """To follow one batch of a shard in its transaction."""
+        turn = self.book.turn(shard, self._host.book, self._host.sectors.sector_of)
+        return BatchProver(self._store.topic, turn)
+
+    def booked(self, prover: BatchProver, booked: Booked) -> None:
+        """A batch is committed, and posted to the Book."""
+        self.book.accept_turn(prover.turn, booked, self._host.book)
+        _count(prover.turn.proofs)
+
+    # -- at flush --------------------------------------------------------------------------------------------
+
+    def look(self, owned: OwnedShard, slots: Int64s, as_of_ns: int) -> None:
+        """Find NAVs that prove something among the rows of a shard that are about to be flushed."""
+        shard = owned.lease.shard
+        left = self._left.pop(shard, None)
+        if left is not None:
+            slots = np.union1d(slots, left)
+        proofs, left = self.book.rich(slots, self._host.book, to_datetime(as_of_ns), PER_FLUSH_MAX)
+        if proofs:
+            self._found.setdefault(shard, []).extend(proofs)
+        if len(left):
+            self._left[shard] = left
+
+    def reclassified(self, portfolio_ids: Iterable[str]) -> None:
+        """Positions of these portfolios belong to another sector now: their sectors are looked at again."""
+        self._reclassified.update(portfolio_ids)
+
+    # -- between batches -------------------------------------------------------------------------------------
+
+    async def prove_due(self, as_of_ns: int) -> None:
+        """Write what was found, and look at what is due. Raises AWAY errors; it is all tried again then."""
+        at = to_datetime(as_of_ns)
+        if self._reclassified:
+            self._look_at_reclassified(at)
+        for owned in list(self._host.owned.values()):
+            if self._host.is_leaving(owned.lease.shard):
+                continue
+            try:
+                await self._prove_found(owned)
+                await self._prove_held(owned, at)
+            except Fenced as error:
+                self._host.lose(owned.lease, str(error))
+
+    async def _prove_found(self, owned: OwnedShard) -> None:
+        found = self._found.get(owned.lease.shard)
+        while found:
+            proofs = found[:PER_TRANSACTION_MAX]
+            await self._store.prove(owned.lease, proofs)
+            del found[: len(proofs)]
+            self.book.accept(proofs)
+            _count(proofs)
+
+    async def _prove_held(self, owned: OwnedShard, at: datetime) -> None:
+        while names := self.book.take_due(owned.lease.shard, at, PER_TRANSACTION_MAX):
+            try:
+                oldest, proofs = await self._store.prove_held(
+                    owned.lease, names, lambda one: self.book.held_long(one, at)
+                )
+            except BaseException:
+                self.book.give_back(names, at)
+                raise
+            self.book.accept(proofs)
+            for one in oldest:
+                self.book.looked_at(one)
+            _count(proofs)
+
+    def _look_at_reclassified(self, at: datetime) -> None:
+        """Within one turn of the events loop, so that nothing is booked between finding and writing."""
+        book, names = self._host.book, self._reclassified
+        self._reclassified = set()
+        for name in sorted(names):
+            if name in book and name in self.book:
+                proofs = self.book.reclassified(name, book, self._host.sectors.sector_of, at)
+                if proofs:
+                    self._found.setdefault(int(book.shard[book.slot(name)]), []).extend(proofs)
+
+
+def _count(proofs: Iterable[Proof]) -> None:
+    for proof in proofs:
+        telemetry.BADGES_PROVED.labels(proof.transition.rule.badge_id, proof.transition.kind.value).inc()
