@@ -6,7 +6,8 @@ must be there. Token times are wall time, also when the market's clock is a reco
 
     portfolio:read   portfolios, positions, marks, assets and quotes
     ledger:read      ledger entries
-    ledger:write     mutations
+    ledger:write     mutations of the ledger
+    webhooks:write   the subject's own webhooks and thresholds
     admin            sees all portfolios, and includes both read scopes
 
 Everything is denied by default: a field other than introspection needs a token, and a resolver names the scope it
@@ -27,10 +28,10 @@ from typing import Any, Protocol
 import jwt
 
 from engine.runtime.settings import JWT_SECRET_BYTES_MIN, Settings
-from resolvers.context import SCOPE_LEDGER_READ, SCOPE_LEDGER_WRITE, SCOPE_PORTFOLIO_READ
+from resolvers.context import SCOPE_LEDGER_READ, SCOPE_LEDGER_WRITE, SCOPE_PORTFOLIO_READ, SCOPE_WEBHOOKS_WRITE
 
 SCOPE_ADMIN = "admin"
-SCOPES = frozenset({SCOPE_PORTFOLIO_READ, SCOPE_LEDGER_READ, SCOPE_LEDGER_WRITE, SCOPE_ADMIN})
+SCOPES = frozenset({SCOPE_PORTFOLIO_READ, SCOPE_LEDGER_READ, SCOPE_LEDGER_WRITE, SCOPE_WEBHOOKS_WRITE, SCOPE_ADMIN})
 _INCLUDED_IN_ADMIN = frozenset({SCOPE_PORTFOLIO_READ, SCOPE_LEDGER_READ})
 
 TOKEN_LENGTH_MAX = 8_192

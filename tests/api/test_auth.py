@@ -13,7 +13,7 @@ from typing import Any
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from graphql import GraphQLObjectType
+from graphql import GraphQLObjectType, get_named_type, is_leaf_type
 from pydantic import SecretStr
 
 from api.auth import Authenticator, Subject, TokenRefusedError, issue_token, make_key_source, may_see
@@ -186,6 +186,13 @@ def root_operations() -> list[str]:
         "recordCashMovement": '(input: {portfolioId: "p", kind: DEPOSIT, amount: "1"})',
         "recordReversal": '(input: {portfolioId: "p", reverses: "e"})',
         "quotes": '(symbols: ["A"])',
+        "createWebhook": '(input: {url: "https://8.8.8.8/", kinds: [BADGE_UNLOCKED]})',
+        "updateWebhook": '(input: {webhookId: "w"})',
+        "deleteWebhook": '(webhookId: "w")',
+        "rotateWebhookSecret": '(webhookId: "w")',
+        "sendTestWebhook": '(webhookId: "w")',
+        "createThreshold": '(input: {portfolioId: "p", figure: NAV, side: ABOVE, bound: "1"})',
+        "deleteThreshold": '(thresholdId: "t")',
     }
     operations = []
     for kind, root in (
@@ -194,9 +201,10 @@ def root_operations() -> list[str]:
         ("subscription", schema.subscription_type),
     ):
         assert isinstance(root, GraphQLObjectType)
-        for name in root.fields:
+        for name, field in root.fields.items():
             given = arguments.get(name, '(portfolioId: "p")' if kind == "subscription" else "")
-            operations.append(f"{kind} {{ {name}{given} {{ __typename }} }}")
+            selection = "" if is_leaf_type(get_named_type(field.type)) else " { __typename }"
+            operations.append(f"{kind} {{ {name}{given}{selection} }}")
     return operations
 
 
