@@ -31,17 +31,22 @@ from api.hub import Hub
 from api.live_feed import LiveFeed
 from api.metrics import Metrics
 from api.middleware import BodyLimit, RequestIds
+from engine.assets import AssetClass
 from engine.runtime.clock import Clock
 from engine.runtime.connections import connect_postgres, connect_redis, make_producer, wait_until
 from engine.runtime.settings import Settings
 from engine.sessions import Markets
 from engine.stores.as_of_reads import AsOfReads
+from engine.stores.badge_reads import BadgeReads
+from engine.stores.daily_figures import DailyFigureReads
 from engine.stores.events_kafka import EventProducer
 from engine.stores.hot_state_reads import HotStateReads
 from engine.stores.ledger_reads import LedgerReads
 from engine.stores.price_closes import PriceCloses
 from engine.stores.reconciliation_reads import ReconciliationReads
 from engine.stores.snapshots_reads import SnapshotsReads
+from engine.stores.thresholds_postgres import PortfolioThresholds
+from engine.stores.webhooks_postgres import Webhooks
 from resolvers.as_of import PastReads
 from resolvers.context import Services
 from resolvers.errors import AWAY
@@ -145,7 +150,8 @@ def make_application(settings: Settings, clock: Clock) -> Application:
     redis = connect_redis(settings, "api")
     hot_state = HotStateReads(redis, settings.redis_timeout_s)
     ledger = LedgerReads(database.pool)
-    assets = AssetCatalogue(database.pool, Markets(settings.calendars))
+    markets = Markets(settings.calendars)
+    assets = AssetCatalogue(database.pool, hot_state, markets)
     services = Services(
         settings=settings,
         clock=clock,
@@ -157,6 +163,10 @@ def make_application(settings: Settings, clock: Clock) -> Application:
         events=EventProducer(settings.topic, settings.acknowledge_timeout_s),
         hub=hub,
         reconciliations=ReconciliationReads(database.pool),
+        badges=BadgeReads(database.pool),
+        daily_figures=DailyFigureReads(database.pool, markets.sessions(AssetClass.EQUITY)),
+        webhooks=Webhooks(database.pool),
+        thresholds=PortfolioThresholds(database.pool),
         past=PastReads(
             AsOfReads(database.pool),
             PriceCloses(database.pool),

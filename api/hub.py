@@ -132,6 +132,7 @@ class Hub:
     def __init__(self) -> None:
         self._marks: dict[int, dict[bytes, list[MarkSlot]]] = {}
         self._quotes: dict[str, list[QuoteSlot]] = {}
+        self._badges: dict[str, list[asyncio.Event]] = {}
         self._live_shards: set[int] = set()
         self._quotes_live = False
         self._silent_shards: set[int] = set()
@@ -156,6 +157,17 @@ class Hub:
             _remove(self._marks[shard], key, slot)
             if not self._marks[shard]:
                 del self._marks[shard]
+            self._count(-1)
+
+    @contextmanager
+    def watch_badges(self, portfolio_id: str, signal: asyncio.Event) -> Iterator[None]:
+        """Events are kept in PostgreSQL: the watch is told that there may be new ones, never which."""
+        self._badges.setdefault(portfolio_id, []).append(signal)
+        self._count(1)
+        try:
+            yield
+        finally:
+            _remove(self._badges, portfolio_id, signal)
             self._count(-1)
 
     @contextmanager
@@ -188,6 +200,18 @@ class Hub:
 
     def watches_quotes(self) -> bool:
         return bool(self._quotes)
+
+    def watches_badges(self) -> bool:
+        return bool(self._badges)
+
+    def badges_live(self) -> None:
+        """The channel is listened to from here on; what came before may have been missed."""
+        self.deliver_badges(self._badges)
+
+    def deliver_badges(self, portfolio_ids: Iterable[str]) -> None:
+        for portfolio_id in portfolio_ids:
+            for signal in self._badges.get(portfolio_id, ()):
+                signal.set()
 
     def shard_live(self, shard: int, live: bool) -> None:
         """The shard's channel is (no longer) listened to. Becoming live, all that is watched on it is to be read."""

@@ -41,15 +41,17 @@ from engine.equity_curve import POINTS_MAX
 from engine.runtime.settings import Settings
 from resolvers.equity_curve import POINTS_DEFAULT
 from resolvers.portfolio import PORTFOLIOS_DEFAULT
+from resolvers.webhooks import DELIVERIES_DEFAULT, WEBHOOKS_DEFAULT
 
 POINTS_PER_OBJECT = 10
 # List fields whose length is not said by the client are short, or said by a default.
-_DEFAULT_LENGTHS = {"portfolios": PORTFOLIOS_DEFAULT}
+_DEFAULT_LENGTHS = {"portfolios": PORTFOLIOS_DEFAULT, "webhooks": WEBHOOKS_DEFAULT, "deliveries": DELIVERIES_DEFAULT}
 # A position shown with all its fields takes about 30 µs of the loop; these are what 200 positions and a month of
 # hourly snapshots take to read, in such objects.
 _READS = {
     "positions": 10,
     "sectorAllocation": 75,
+    "allocation": 75,
     "qualityShares": 75,
     "pricesAsOf": 75,
     "equityCurve": 150,
@@ -60,6 +62,9 @@ _READS = {
     "realizedToday": 75,
     "closedPositions": 10,
     "lots": 10,
+    "badges": 20,
+    "thresholds": 10,
+    "deliveries": 10,
 }
 # Of a portfolio it is read; a position or a valuation only shows a figure by this name.
 _READ_AS_OBJECT = frozenset({"realizedPnl"})

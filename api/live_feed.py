@@ -1,6 +1,7 @@
 """The live feed: one Redis Pub/Sub connection per process, from which the hub gets marks and quotes.
 
-It listens to `marks:{n}` for the shards that somebody watches, and to `quotes` while somebody watches quotes. A
+It listens to `marks:{n}` for the shards that somebody watches, to `quotes` while somebody watches quotes, and to
+`badges` while somebody watches badges, who also look for themselves: that channel may be silent for long. A
 frame may be lost at any time, and nothing may depend on every one arriving: whatever hints at a loss makes the feed
 read the watched values from Redis again.
 
@@ -46,6 +47,7 @@ LISTEN_INTERVAL_MS = 25
 CLOSE_TIMEOUT_S = 1  # closing a connection to a frozen server must not hang
 PUBLISHERS_COUNT_MAX = 16
 _AWAY: tuple[type[BaseException], ...] = (*AWAY, RedisError)
+_portfolio_ids_decoder = msgspec.msgpack.Decoder(list[str])
 
 
 class FeedLostError(ConnectionError):
@@ -130,7 +132,8 @@ class LiveFeed:
 
     def _wanted(self) -> set[str]:
         wanted = {redis_keys.marks_channel(shard) for shard in self._hub.shards()}
-        return wanted | {redis_keys.QUOTES_CHANNEL} if self._hub.watches_quotes() else wanted
+        wanted |= {redis_keys.QUOTES_CHANNEL} if self._hub.watches_quotes() else set()
+        return wanted | {redis_keys.BADGES_CHANNEL} if self._hub.watches_badges() else wanted
 
     async def _adjust(self, pubsub: Any) -> None:
         """Subscribe to what is watched and to nothing else."""
@@ -192,6 +195,8 @@ class LiveFeed:
             self._confirmed(channel)
         elif kind == "message" and channel == redis_keys.QUOTES_CHANNEL:
             self._take_quotes(message["data"])
+        elif kind == "message" and channel == redis_keys.BADGES_CHANNEL:
+            self._take_badges(message["data"])
         elif kind == "message":
             self._take_marks(message["data"])
 
@@ -202,6 +207,9 @@ class LiveFeed:
         if channel == redis_keys.QUOTES_CHANNEL:
             self._publishers.clear()
             self._hub.quotes_live(True)
+            return
+        if channel == redis_keys.BADGES_CHANNEL:
+            self._hub.badges_live()
             return
         for shard, frames in self._shards.items():
             if redis_keys.marks_channel(shard) == channel:
@@ -250,6 +258,16 @@ class LiveFeed:
         if len(self._publishers) > PUBLISHERS_COUNT_MAX:
             self._publishers.popitem(last=False)
         self._hub.deliver_quotes(frame.quotes)
+
+    def _take_badges(self, data: bytes) -> None:
+        self._metrics.frames.labels("badges").inc()
+        try:
+            portfolio_ids = _portfolio_ids_decoder.decode(data)
+        except msgspec.MsgspecError:
+            self._metrics.frames_dropped.labels("badges").inc()
+            return
+        self._outage.end()
+        self._hub.deliver_badges(portfolio_ids)
 
     def _gap(self, cause: str, shard: int | None) -> None:
         self._metrics.gaps.labels(cause).inc()

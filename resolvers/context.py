@@ -18,11 +18,15 @@ from engine.marks import Mark
 from engine.messages import Quote
 from engine.runtime.clock import Clock
 from engine.runtime.settings import Settings
+from engine.stores.badge_reads import BadgeReads
+from engine.stores.daily_figures import DailyFigureReads
 from engine.stores.events_kafka import EventProducer
 from engine.stores.hot_state_reads import HotStateReads
 from engine.stores.ledger_reads import LedgerReads, PortfolioIdentity
 from engine.stores.reconciliation_reads import ReconciliationReads
 from engine.stores.snapshots_reads import SnapshotsReads
+from engine.stores.thresholds_postgres import PortfolioThresholds
+from engine.stores.webhooks_postgres import Webhooks
 from resolvers.as_of import PastLoader, PastReads
 from resolvers.errors import ErrorCode, PublicError, not_found
 from resolvers.loaders import AssetCatalogue, HotLoader, PortfolioDirectory
@@ -31,6 +35,7 @@ from resolvers.lots import LotsLoader
 SCOPE_PORTFOLIO_READ = "portfolio:read"
 SCOPE_LEDGER_READ = "ledger:read"
 SCOPE_LEDGER_WRITE = "ledger:write"
+SCOPE_WEBHOOKS_WRITE = "webhooks:write"
 
 
 class Access(Protocol):
@@ -81,6 +86,9 @@ class Hub(Protocol):
         self, shard: int, portfolio_id: str, signal: asyncio.Event
     ) -> AbstractContextManager[MarkWatch]: ...
 
+    def watch_badges(self, portfolio_id: str, signal: asyncio.Event) -> AbstractContextManager[None]:
+        """Set `signal` when there may be new badge events; also when it is not known."""
+
     def watch_quotes(self, symbols: Collection[str], signal: asyncio.Event) -> AbstractContextManager[QuoteWatch]: ...
 
 
@@ -99,6 +107,10 @@ class Services:
     hub: Hub
     past: PastReads
     reconciliations: ReconciliationReads
+    badges: BadgeReads
+    daily_figures: DailyFigureReads
+    webhooks: Webhooks
+    thresholds: PortfolioThresholds
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,25 +5,53 @@ from __future__ import annotations
 import strawberry
 
 from engine.assets import AssetClass
+from engine.badges import BadgeEventKind, Rarity
+from engine.badges import Predicate as BadgePredicate
 from engine.equity_curve import EquityCurveRange, Resolution
 from engine.ledger import LedgerKind, Side
 from engine.marks import MarkQuality
 from engine.performance import Statistic, StatisticReason
 from engine.reconciliation import ReconciliationStatus
+from engine.thresholds import ThresholdFigure, ThresholdSide
+from engine.webhooks import AttemptError, DeliveryStatus, WebhookKind
 
 __all__ = [
     "AssetClass",
+    "AttemptError",
+    "BadgeEventKind",
+    "BadgePredicate",
+    "DeliveryStatus",
     "EquityCurveRange",
     "LedgerKind",
     "MarkQuality",
+    "Rarity",
     "ReconciliationStatus",
     "Resolution",
     "Side",
     "Statistic",
     "StatisticReason",
+    "ThresholdFigure",
+    "ThresholdSide",
+    "WebhookKind",
 ]
 
 strawberry.enum(AssetClass, description="The kind of an asset. UNCLASSIFIED: nobody has said.")
+strawberry.enum(
+    BadgeEventKind,
+    description=(
+        "UNLOCKED: awarded, for good. LAPSED: what it was awarded for holds no more. ACTIVATED: after it lapsed, it "
+        "holds again."
+    ),
+)
+strawberry.enum(
+    BadgePredicate,
+    name="BadgePredicate",
+    description=(
+        "Which figure a badge goes by: of the ledger (FILLS, STREAK), of the allocation (SECTORS), of time (HELD), of "
+        "prices (NAV), of the last session close (SECTOR_PROFITS, SHARPE)."
+    ),
+)
+strawberry.enum(Rarity, description="How much of a feat a badge is, the least first.")
 strawberry.enum(
     EquityCurveRange,
     description=(
@@ -69,5 +97,31 @@ strawberry.enum(
         "solves the equation of xirr. NO_TRADES, NO_GAINS, NO_LOSSES: no fill of the range realised anything, a "
         "gain, a loss. OUT_OF_RANGE: beyond 10^15. PRICES_NOT_RECORDED: the prices recorded for an end of the range do "
         "not give the NAV that it has."
+    ),
+)
+strawberry.enum(
+    ThresholdFigure,
+    description=(
+        "A figure of the mark. NAV, DAY_PNL: an amount of the base currency. DAY_PNL_RATIO: a fraction, 0.01 is one "
+        "percent."
+    ),
+)
+strawberry.enum(ThresholdSide, description="ABOVE fires at figure ≥ bound, BELOW at figure ≤ bound.")
+strawberry.enum(
+    WebhookKind,
+    description="What a webhook can be told of: events of badges, and thresholds that were crossed.",
+)
+strawberry.enum(
+    DeliveryStatus,
+    description=(
+        "PENDING: to be attempted (again). DELIVERED: the endpoint answered 2xx. DEAD: given up a day after the event."
+    ),
+)
+strawberry.enum(
+    AttemptError,
+    description=(
+        "STATUS: an answer other than 2xx; redirections are not followed. TIMEOUT: no answer in time. UNRESOLVED: the "
+        "host has no address. PRIVATE_ADDRESS: it has one that is not public. UNREACHABLE: no connection, or no TLS. "
+        "PROTOCOL: no HTTP answer."
     ),
 )

@@ -34,6 +34,13 @@ class ErrorCode(StrEnum):
     AS_OF_UNSUPPORTED = "AS_OF_UNSUPPORTED"  # the field has no past state of its own
     TOO_MANY_SYMBOLS = "TOO_MANY_SYMBOLS"
     BAD_IDENTIFIER = "BAD_IDENTIFIER"
+    BAD_URL = "BAD_URL"  # none that a webhook may have, or its host is not public
+    NO_KINDS = "NO_KINDS"  # a webhook that would be told of nothing
+    BAD_OVERLAP = "BAD_OVERLAP"  # `overlapS` is out of range
+    TOO_MANY_WEBHOOKS = "TOO_MANY_WEBHOOKS"
+    TOO_MANY_PORTFOLIOS = "TOO_MANY_PORTFOLIOS"
+    TOO_MANY_THRESHOLDS = "TOO_MANY_THRESHOLDS"
+    TOO_MANY_TESTS = "TOO_MANY_TESTS"  # of one webhook, at short intervals; worth another try
     UNAVAILABLE = "UNAVAILABLE"  # Redis, PostgreSQL or Kafka is away or too slow; worth another try
     INTERNAL = "INTERNAL"  # a defect; the log has it under the request id
 

@@ -1,0 +1,304 @@
+"""Awards derived again: what a portfolio's ledger says about the badges that it was given, and those that it was not.
+
+A `ProofCheck` folds the ledger entry by entry, as the evaluator did, and looks at each badge event when the fold has
+reached the entry that its evidence names:
+
+    FILLS, STREAK   the fold counts the figure at that entry, and the entry is the event's
+    HELD            the position was open since `opened_at`, or ended with the entry, and is old enough at `at`
+    SECTORS         the positions at the evidence's prices (null: at cost), by the classification in force at `at`, give
+                    the evidence's sectors, and these the figure that the kind of the event asks for
+    NAV             cash, receivables and the positions at the evidence's prices give NAV
+
+Which prices the market had is the evidence's own word: only full hours and closes are recorded. SHARPE and
+SECTOR_PROFITS follow from snapshots and are checked by who reads these (`check_daily`).
+
+    FORGED    an award or event that nobody has proved
+    WRONG     a proof that does not come out again
+    DIFFERS   an award that is not what its events say
+    LOST      proved, and neither awarded nor on its way
+    MISSING   deserved by the current rule of FILLS, STREAK or HELD, and not proved. A rule counts from the first fill
+              after it was made known, or from the day that a position is old enough: until then it may be MISSING.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+
+from engine.amounts import AmountError, from_micro, plain
+from engine.assets import UNCLASSIFIED
+from engine.badge_book import sector_evidence
+from engine.badges import DAILY, BadgeEventKind, Evidence, Facts, Predicate, Rule, figure, is_met, sectors_above
+from engine.ledger import LedgerEntry
+from engine.portfolio import ClosedPosition, LedgerMismatch, Portfolio
+from engine.positions import carried_value
+from engine.sectors import SectorValue
+
+# An evaluator learns of a reclassification, and looks at what is due, this late at most.
+LAG_MAX = timedelta(minutes=1)
+
+RuleKey = tuple[str, int]
+
+
+class FaultKind(StrEnum):
+    FORGED = "FORGED"
+    WRONG = "WRONG"
+    DIFFERS = "DIFFERS"
+    LOST = "LOST"
+    MISSING = "MISSING"
+
+
+@dataclass(frozen=True, slots=True)
+class BadgeFault:
+    portfolio_id: str
+    badge_id: str
+    version: int
+    kind: FaultKind
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToldEvent:
+    """A badge event as subscribers were told it."""
+
+    event_id: str
+    kind: BadgeEventKind
+    badge_id: str
+    version: int
+    at: datetime
+    evidence: Evidence
+
+    @property
+    def key(self) -> RuleKey:
+        return (self.badge_id, self.version)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenAward:
+    awarded_at: datetime
+    active: bool
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """All that is known of one portfolio's badges. `proved` is how many events of each rule its prover wrote, `waiting`
+    the ids of those that are still in the outbox. `events` are in order."""
+
+    awards: Mapping[RuleKey, GivenAward]
+    events: Sequence[ToldEvent]
+    proved: Mapping[RuleKey, int]
+    waiting: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """The sectors that symbols had: (since, sector) by symbol, ascending."""
+
+    versions: Mapping[str, Sequence[tuple[datetime, str]]]
+
+    def sector(self, symbol: str, at: datetime) -> str:
+        found = UNCLASSIFIED
+        for since, sector in self.versions.get(symbol, ()):
+            if since <= at:
+                found = sector
+        return found
+
+
+@dataclass(slots=True)
+class ProofCheck:
+    """The check of one portfolio. `faults` are those found so far."""
+
+    portfolio: Portfolio
+    rules: Mapping[RuleKey, Rule]
+    current: Sequence[Rule]
+    given: Given
+    classification: Classification
+    faults: list[BadgeFault] = field(default_factory=list)
+    _deserved: dict[RuleKey, str] = field(default_factory=dict)
+    _due: dict[int, list[ToldEvent]] = field(default_factory=dict)
+    _broken: bool = False
+
+    def __post_init__(self) -> None:
+        for event in self.given.events:
+            rule = self.rules.get(event.key)
+            if rule is None or not _is_of(rule, event.evidence):
+                self._fault(event.key, FaultKind.WRONG, f"{event.event_id}: there is no such rule")
+            elif rule.predicate not in DAILY:
+                self._due.setdefault(event.evidence.ledger_sequence or 0, []).append(event)
+
+    def take(self, entry: LedgerEntry) -> None:
+        """Fold the next entry, and check what was proved with it."""
+        if self._broken:
+            return
+        try:
+            closed = self.portfolio.replay(entry)
+        except (LedgerMismatch, AmountError) as mismatch:
+            # The ledger's own check says it all; without a fold nothing can be said of badges.
+            self._broken = True
+            self._fault(("", 0), FaultKind.WRONG, str(mismatch))
+            return
+        self._note_deserved(entry, closed)
+        for event in self._due.pop(entry.sequence, ()):
+            said = self._check(event, self.rules[event.key], entry, closed)
+            if said:
+                self._fault(event.key, FaultKind.WRONG, f"{event.event_id}: {said}")
+
+    def end(self, now: datetime) -> list[BadgeFault]:
+        """All faults, when every entry was taken."""
+        if self._broken:
+            return self.faults
+        for sequence, events in sorted(self._due.items()):
+            for event in events:
+                self._fault(event.key, FaultKind.WRONG, f"{event.event_id}: there is no entry {sequence}")
+        for rule in self.current:
+            if rule.predicate is Predicate.HELD:
+                for symbol, position in self.portfolio.positions.items():
+                    if now - LAG_MAX - position.opened_at >= timedelta(days=rule.window_days):
+                        self._deserves(rule, f"{symbol} is held since {position.opened_at:%Y-%m-%d %H:%M}")
+        self._check_given()
+        return self.faults
+
+    # -- what was not given ----------------------------------------------------------------------------------
+
+    def _note_deserved(self, entry: LedgerEntry, closed: ClosedPosition | None) -> None:
+        held_since = None if closed is None else closed.opened_at
+        facts = Facts(fills=self.portfolio.fills, streak=self.portfolio.streak, held_since=held_since)
+        for rule in self.current:
+            if rule.predicate in _DESERVED and is_met(rule, figure(rule, facts, entry.recorded_at)):
+                self._deserves(rule, f"by entry {entry.sequence}, event {entry.event_id}")
+
+    def _deserves(self, rule: Rule, why: str) -> None:
+        self._deserved.setdefault((rule.badge_id, rule.version), why)
+
+    def _check_given(self) -> None:
+        """Awards against events, events against proofs, proofs against what is deserved."""
+        given, told = self.given, dict[RuleKey, list[ToldEvent]]()
+        for event in given.events:
+            told.setdefault(event.key, []).append(event)
+        for key in given.awards.keys() - told.keys():
+            self._fault(key, FaultKind.FORGED, "awarded without an event")
+        for key, events in told.items():
+            number = given.proved.get(key, 0)
+            expected = [f"{key[0]}:{key[1]}#{self.portfolio.portfolio_id}#{n + 1}" for n in range(len(events))]
+            if len(events) > number or [event.event_id for event in events] != expected:
+                self._fault(key, FaultKind.FORGED, f"{len(events)} events, of which {number} were proved")
+            self._check_award(key, events)
+        for key, number in given.proved.items():
+            for n in range(len(told.get(key, ())), number):
+                event_id = f"{key[0]}:{key[1]}#{self.portfolio.portfolio_id}#{n + 1}"
+                if event_id not in given.waiting:
+                    self._fault(key, FaultKind.LOST, f"{event_id} was proved")
+        for key in self._deserved.keys() - given.proved.keys() - told.keys():
+            self._fault(key, FaultKind.MISSING, f"deserved {self._deserved[key]}")
+
+    def _check_award(self, key: RuleKey, events: Sequence[ToldEvent]) -> None:
+        award, first, last = self.given.awards.get(key), events[0], events[-1]
+        if award is None:
+            self._fault(key, FaultKind.DIFFERS, f"{first.event_id} was told and not awarded")
+        elif (award.awarded_at, award.evidence) != (first.at, first.evidence):
+            self._fault(key, FaultKind.DIFFERS, f"not what {first.event_id} says")
+        elif award.active is (last.kind is BadgeEventKind.LAPSED):
+            self._fault(key, FaultKind.DIFFERS, f"active is {award.active} after {last.kind}")
+
+    # -- what was given --------------------------------------------------------------------------------------
+
+    def _check(self, event: ToldEvent, rule: Rule, entry: LedgerEntry, closed: ClosedPosition | None) -> str:
+        """Why the event does not follow from the ledger up to `entry`; empty when it does."""
+        evidence = event.evidence
+        match rule.predicate:
+            case Predicate.FILLS | Predicate.STREAK:
+                if (evidence.event_id, event.at) != (entry.event_id, entry.recorded_at):
+                    return f"entry {entry.sequence} is of another event or instant"
+                facts = Facts(fills=self.portfolio.fills, streak=self.portfolio.streak)
+            case Predicate.HELD:
+                since = self._held_since(evidence, closed)
+                if since is None or since != evidence.opened_at:
+                    return f"{evidence.symbol} is not held since {evidence.opened_at}"
+                facts = Facts(held_since=since)
+            case Predicate.SECTORS:
+                return self._check_sectors(event, rule)
+            case _:
+                nav = self._nav(evidence)
+                if nav is None or evidence.nav is None or Decimal(evidence.nav) != from_micro(nav):
+                    return f"NAV is {None if nav is None else plain(from_micro(nav))}, not {evidence.nav}"
+                facts = Facts(nav=nav)
+        return _compare(rule, figure(rule, facts, event.at), evidence)
+
+    def _held_since(self, evidence: Evidence, closed: ClosedPosition | None) -> datetime | None:
+        if closed is not None and closed.symbol == evidence.symbol and closed.opened_at == evidence.opened_at:
+            return closed.opened_at
+        position = self.portfolio.positions.get(evidence.symbol or "")
+        return None if position is None else position.opened_at
+
+    def _check_sectors(self, event: ToldEvent, rule: Rule) -> str:
+        evidence = event.evidence
+        if (evidence.prices or {}).keys() != self.portfolio.positions.keys():
+            return "its prices are not those of the positions held"
+        # By what the evaluator may have known then.
+        sums = self._sectors(evidence, event.at)
+        if sector_evidence(sums) != (evidence.sectors or []):
+            sums = self._sectors(evidence, event.at - LAG_MAX)
+        if sector_evidence(sums) != (evidence.sectors or []):
+            return "its sectors are not those of the positions at its prices"
+        if event.kind is not BadgeEventKind.LAPSED:
+            return _compare(rule, Decimal(sectors_above(sums, rule.minimum)), evidence)
+        left = sectors_above(sums, rule.minimum - rule.hysteresis)
+        if left >= rule.threshold or Decimal(evidence.figure) != left:
+            return f"{left} sectors are left, not {evidence.figure}"
+        return ""
+
+    def _sectors(self, evidence: Evidence, at: datetime) -> dict[str, SectorValue]:
+        sums: dict[str, SectorValue] = {}
+        for symbol, value in self._values(evidence).items():
+            sector = self.classification.sector(symbol, at)
+            known = sums.get(sector, SectorValue(0, 0))
+            sums[sector] = SectorValue(known.value + value, known.gross + abs(value))
+        return sums
+
+    def _nav(self, evidence: Evidence) -> int | None:
+        """None when a position had no price: such a NAV proves nothing."""
+        prices = evidence.prices or {}
+        if any(prices.get(symbol) is None for symbol in self.portfolio.positions):
+            return None
+        return self.portfolio.cash + self.portfolio.receivables + sum(self._values(evidence).values())
+
+    def _values(self, evidence: Evidence) -> dict[str, int]:
+        prices = evidence.prices or {}
+        return {
+            symbol: carried_value(held.quantity, held.cost, _decimal(prices.get(symbol)))
+            for symbol, held in self.portfolio.positions.items()
+        }
+
+    def _fault(self, key: RuleKey, kind: FaultKind, detail: str) -> None:
+        self.faults.append(BadgeFault(self.portfolio.portfolio_id, *key, kind, detail))
+
+
+_DESERVED = frozenset({Predicate.FILLS, Predicate.STREAK, Predicate.HELD})
+
+
+def check_daily(rule: Rule, evidence: Evidence, reached: Decimal | None) -> str:
+    """Why the evidence of SHARPE or SECTOR_PROFITS does not follow; `reached` is what the snapshots give."""
+    return _compare(rule, reached, evidence)
+
+
+def daily_events(events: Iterable[ToldEvent], rules: Mapping[RuleKey, Rule]) -> list[ToldEvent]:
+    """Those that snapshots prove."""
+    return [event for event in events if event.key in rules and rules[event.key].predicate in DAILY]
+
+
+def _is_of(rule: Rule, evidence: Evidence) -> bool:
+    return evidence.predicate is rule.predicate and Decimal(evidence.threshold) == rule.threshold
+
+
+def _compare(rule: Rule, reached: Decimal | None, evidence: Evidence) -> str:
+    if reached is None or reached != Decimal(evidence.figure):
+        return f"the figure is {None if reached is None else plain(reached)}, not {evidence.figure}"
+    return "" if is_met(rule, reached) else f"{evidence.figure} does not meet {plain(rule.threshold)}"
+
+
+def _decimal(text: str | None) -> Decimal | None:
+    return None if text is None else Decimal(text)

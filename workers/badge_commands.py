@@ -1,0 +1,72 @@
+"""What `navstream badges verify` does: derive every award again, and name what does not come out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from engine.assets import AssetClass
+from engine.badge_proofs import BadgeFault
+from engine.runtime.clock import make_clock, to_datetime
+from engine.runtime.command_line import Ready, console, counting, fail, settings_of
+from engine.runtime.connections import AWAY, connect_postgres
+from engine.runtime.settings import Settings
+from engine.sessions import Markets
+from engine.stores.badge_verification import BadgeVerification, VerifiedBadges
+
+# How much is done, and of how much.
+Progress = Callable[[int, int], None]
+
+
+def verify(
+    portfolio: Annotated[str | None, typer.Option(help="Only this one.")] = None, ready_file: Ready = None
+) -> None:
+    """Derive every award again from the ledger, the prices of its evidence, classifications and snapshots; name what
+    was awarded without proof, what does not come out, and what is deserved and missing. Exit 1 when there is any, 3
+    when the server is away.
+
+    Example: `navstream badges verify --ready-file ready.json`
+    """
+    settings, began_s = settings_of(ready_file, "postgres_url"), time.monotonic()
+    try:
+        with counting("portfolios") as progress:
+            verified = asyncio.run(verify_badges(settings, portfolio, print_fault, progress))
+    except KeyError:
+        fail(f"there is no portfolio {portfolio}")
+    except AWAY as error:
+        fail(f"could not read the awards: {type(error).__name__}: {error}", 3)
+    rate = verified.awards_count / max(time.monotonic() - began_s, 1e-3)
+    unrecorded = f", {verified.unrecorded_count} of snapshots no longer kept" if verified.unrecorded_count else ""
+    console.print(
+        f"{verified.portfolios_count} portfolios, {verified.awards_count} awards, {verified.events_count} events "
+        f"({rate:,.0f} awards a second){unrecorded}, {verified.faults_count} faults",
+        highlight=False,
+    )
+    raise typer.Exit(1 if verified.faults_count else 0)
+
+
+def print_fault(fault: BadgeFault) -> None:
+    text = f"{fault.portfolio_id} {fault.badge_id}:{fault.version}: {fault.kind}: {fault.detail}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+async def verify_badges(
+    settings: Settings, portfolio_id: str | None, report: Callable[[BadgeFault], None], progress: Progress
+) -> VerifiedBadges:
+    """Raises KeyError for a portfolio that does not exist, and what asyncpg raises when PostgreSQL is away."""
+    pool = await connect_postgres(settings.model_copy(update={"postgres_pool_size": 1}), "badges-verify")
+    try:
+        async with pool.acquire() as connection:
+            total = await connection.fetchval("SELECT count(*) FROM portfolio") if portfolio_id is None else 1
+            sessions = Markets(settings.calendars).sessions(AssetClass.EQUITY)
+            verification = BadgeVerification(connection, sessions, report)
+            now = to_datetime(make_clock(settings.market_clock).now_ns())
+            return await verification.verify(
+                portfolio_id, now, lambda verified: progress(verified.portfolios_count, total)
+            )
+    finally:
+        pool.terminate()
