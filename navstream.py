@@ -27,7 +27,7 @@ from engine.runtime.connections import AWAY
 from engine.runtime.settings import ReadyFile, Settings
 from engine.runtime.telemetry import start_telemetry
 from engine.stores.ledger_export import ExportFormat
-from workers import commands
+from workers import badge_commands, commands
 
 app = typer.Typer(
     help="Real-time portfolio intelligence: NAV, P&L and allocation, live over GraphQL.",
@@ -39,6 +39,8 @@ assets_app = typer.Typer(help="The asset catalogue.", no_args_is_help=True)
 app.add_typer(assets_app, name="assets")
 ledger_app = typer.Typer(help="The ledger as a file, and as evidence.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
+badges_app = typer.Typer(invoke_without_command=True)
+app.add_typer(badges_app, name="badges")
 Outcome = TypeVar("Outcome")
 Worker = Callable[[Settings, Clock, asyncio.Event], Coroutine[Any, Any, object]]
 
@@ -48,6 +50,7 @@ DEMO_TOKEN_TTL_S = 24 * 3600
 DEMO_OPERATIONS = (
     """subscription Nav { navUpdates(portfolioId: "demo-0001") { kind nav quality asOf sequence conflated } }""",
     """subscription Pnl { pnlUpdates(portfolioId: "demo-0001") { kind dayPnl unrealizedPnl realizedPnl asOf } }""",
+    """subscription Badges { badgeEvents(portfolioId: "demo-0001") { kind at badge { name rarity } cursor } }""",
     """query Dashboard {
   portfolio(portfolioId: "demo-0001") {
     name
@@ -55,6 +58,7 @@ DEMO_OPERATIONS = (
     sectorAllocation { sector value weight weightAtLastFill }
     positions(first: 15) { edges { node { asset { symbol sector } quantity price marketValue unrealizedPnl } } }
     equityCurve(range: DAYS_7) { points { at nav } }
+    badges { badge { name rarity } figure threshold awardedAt active }
   }
 }""",
 )
@@ -143,7 +147,7 @@ def print_demo(ready: ReadyFile, settings: Settings) -> None:
     sys.stdout.write(f"\n  {ready.graphql_url}#token={signed}\n\n")
     console.print("Development token, for the headers pane or `Authorization: Bearer …`:")
     sys.stdout.write(f"\n{signed}\n\n")
-    console.print("Three operations to paste:")
+    console.print("Operations to paste:")
     # Written plainly: what is to be pasted must not be cut at the terminal's width.
     sys.stdout.write("\n" + "\n\n".join(DEMO_OPERATIONS) + "\n\n")
     console.print("Ctrl-C ends everything.")
@@ -231,6 +235,29 @@ def reconciler(ready_file: Ready = None) -> None:
     run_worker("reconciler", settings_of(ready_file, "redis_url", "postgres_url"), run_reconciler)
 
 
+@badges_app.callback()
+def badges(context: typer.Context, ready_file: Ready = None) -> None:
+    """Bring proved badges to Kafka, award them, judge each session close; or, with a command, look at the awards.
+
+    Example: `navstream badges --ready-file ready.json`
+    """
+    from workers.badges import run_badges
+
+    if context.invoked_subcommand is None:
+        run_worker("badges", settings_of(ready_file, *SERVERS), run_badges)
+
+
+@app.command()
+def webhooks(ready_file: Ready = None) -> None:
+    """Deliver badge and threshold events to the endpoints of third parties.
+
+    Example: `navstream webhooks --ready-file ready.json`
+    """
+    from workers.webhooks import run_webhooks
+
+    run_worker("webhooks", settings_of(ready_file, "postgres_url"), run_webhooks)
+
+
 @app.command(hidden=True)
 def traders(
     portfolios: int, seed: int, recording: Annotated[str, typer.Option()] = "", ready_file: Ready = None
@@ -249,12 +276,16 @@ def traders(
 for command in (commands.reconcile, commands.events, commands.actions):
     app.command()(command)
 assets_app.command("load")(commands.load)
+badges_app.command("verify")(badge_commands.verify)
 
 
 @app.command()
 def token(
     sub: Annotated[str, typer.Option(help="The subject: whose portfolios it opens.")],
-    scope: Annotated[str, typer.Option(help="Separated by blanks: portfolio:read ledger:read ledger:write admin.")],
+    scope: Annotated[
+        str,
+        typer.Option(help="Separated by blanks: portfolio:read ledger:read ledger:write webhooks:write admin."),
+    ],
     ttl: Annotated[int, typer.Option(min=1, help="Seconds until it expires.")] = 3600,
     ready_file: Ready = None,
 ) -> None:

@@ -20,7 +20,7 @@ from engine.ledger import EXTERNAL_FLOWS, LedgerEntry, LedgerKind, write_scale
 from engine.pnl import DayBase
 from engine.portfolio import Portfolio, Position
 from engine.positions import HotPosition
-from engine.sectors import SectorSlice, allocate
+from engine.sectors import SectorValue, sum_up
 
 SectorOf = Callable[[str], str]
 SplitsOf = Callable[[str], Sequence[Split]]
@@ -35,7 +35,7 @@ class PositionsChange:
     replace: bool
     closed: Sequence[str]
     positions: Mapping[str, HotPosition]
-    sectors: Sequence[SectorSlice]
+    sectors: Mapping[str, SectorValue]
 
     @property
     def is_of_positions(self) -> bool:
@@ -71,9 +71,9 @@ def post(book: Book, shard: int, booked: Booked, sector_of: SectorOf, splits_of:
     return changes
 
 
-def allocation(book: Book, portfolio_id: str, sector_of: SectorOf) -> list[SectorSlice]:
-    """The portfolio's sector allocation at the Book's present prices."""
-    return allocate((sector_of(held.symbol), held.value) for held in book.held(portfolio_id))
+def allocation(book: Book, portfolio_id: str, sector_of: SectorOf) -> dict[str, SectorValue]:
+    """The portfolio's sectors at the Book's present prices."""
+    return sum_up((sector_of(symbol), value) for symbol, value in book.values(portfolio_id))
 
 
 def hot_position(held: Position, day_base: int, splits: Sequence[Split]) -> HotPosition:

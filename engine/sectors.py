@@ -1,22 +1,27 @@
-"""Sector allocation of a portfolio.
+"""Allocation of a portfolio to sectors, or to whatever else its positions are grouped by, and its exposure.
 
-    value(sector)  = Σ value of its positions (signed; Σ over sectors = Σ over positions)
-    gross(sector)  = Σ |value| of its positions
-    weight(sector) = gross(sector) / Σ gross, so weights are ≥ 0 and sum to 1 also with short positions;
-                     for a portfolio without shorts it is the share of its positions' value
+    value(group)  = Σ value of its positions (signed; Σ over groups = Σ over positions)
+    gross(group)  = Σ |value| of its positions
+    weight(group) = gross(group) / Σ gross, so weights are ≥ 0 and sum to 1 also with short positions;
+                    for a portfolio without shorts it is the share of its positions' value
 
-No positions, or none worth anything: no slices.
+    long, short   = Σ of the values above 0, Σ of those below 0 (≤ 0)
+    gross, net    = long − short, long + short
+    concentration = Σ (|value| / Σ |value|)² over positions (Herfindahl): 1 for one position, 1/n for n equal ones
+
+No positions, or none worth anything: no slices, no concentration. Amounts are whole micro-units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
 import msgspec
 
 from engine.amounts import EXACT
+from engine.assets import UNCLASSIFIED, Asset
 
 
 class SectorValue(msgspec.Struct, frozen=True, array_like=True):
@@ -31,29 +36,99 @@ sector_value_decoder: msgspec.msgpack.Decoder[SectorValue] = msgspec.msgpack.Dec
 
 
 @dataclass(frozen=True, slots=True)
-class SectorSlice:
-    sector: str
+class Slice:
+    """One group: a sector, an asset class or an industry, by its name."""
+
+    name: str
     value: int
     gross: int
     weight: Decimal
 
 
-def allocate(values: Iterable[tuple[str, int]]) -> list[SectorSlice]:
-    """Allocation of positions given as (sector, value in micro-units), largest weight first, then by name."""
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """`short` ≤ 0, as short positions have negative values."""
+
+    long: int
+    short: int
+
+    @property
+    def gross(self) -> int:
+        return self.long - self.short
+
+    @property
+    def net(self) -> int:
+        return self.long + self.short
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """A portfolio grouped in every way that its assets are classified in."""
+
+    by_sector: Sequence[Slice]
+    by_asset_class: Sequence[Slice]
+    by_industry: Sequence[Slice]
+    exposure: Exposure
+    concentration: Decimal | None
+
+
+def allocation_of(held: Sequence[tuple[Asset, int]]) -> Allocation:
+    """The allocation of positions given as (asset, value). Without an industry an asset is UNCLASSIFIED in it."""
+    values = [value for _, value in held]
+    return Allocation(
+        allocate((asset.sector, value) for asset, value in held),
+        allocate((asset.asset_class.value, value) for asset, value in held),
+        allocate((asset.industry or UNCLASSIFIED, value) for asset, value in held),
+        exposure_of(values),
+        concentration_of(values),
+    )
+
+
+def allocate(values: Iterable[tuple[str, int]]) -> list[Slice]:
+    """Allocation of positions given as (group, value), largest weight first, then by name."""
+    return slices_of(sum_up(values))
+
+
+def sum_up(values: Iterable[tuple[str, int]]) -> dict[str, SectorValue]:
+    """The sums by group of positions given as (group, value)."""
     sums: dict[str, tuple[int, int]] = {}
-    for sector, value in values:
-        net, gross = sums.get(sector, (0, 0))
-        sums[sector] = (net + value, gross + abs(value))
-    return slices_of({sector: SectorValue(net, gross) for sector, (net, gross) in sums.items()})
+    for name, value in values:
+        net, gross = sums.get(name, (0, 0))
+        sums[name] = (net + value, gross + abs(value))
+    return {name: SectorValue(net, gross) for name, (net, gross) in sums.items()}
 
 
-def slices_of(sectors: dict[str, SectorValue]) -> list[SectorSlice]:
-    """Slices with weights from exact sector values, largest first, then by name."""
-    whole = sum(held.gross for held in sectors.values())
+def slices_of(sums: Mapping[str, SectorValue]) -> list[Slice]:
+    """Slices with weights from exact sums, largest first, then by name."""
+    whole = sum(held.gross for held in sums.values())
     if not whole:
         return []
     slices = [
-        SectorSlice(sector, held.value, held.gross, EXACT.divide(Decimal(held.gross), Decimal(whole)))
-        for sector, held in sectors.items()
+        Slice(name, held.value, held.gross, EXACT.divide(Decimal(held.gross), Decimal(whole)))
+        for name, held in sums.items()
     ]
-    return sorted(slices, key=lambda held: (-held.gross, held.sector))
+    return sorted(slices, key=lambda held: (-held.gross, held.name))
+
+
+def ranks_of(sums: Mapping[str, SectorValue]) -> dict[str, float]:
+    """The weights as the doubles next to them, which sum to 1 within 10⁻¹²: for ranking. None where nothing is worth
+    anything."""
+    whole = sum(held.gross for held in sums.values())
+    return {name: held.gross / whole for name, held in sums.items()} if whole else {}
+
+
+def exposure_of(values: Iterable[int]) -> Exposure:
+    long = short = 0
+    for value in values:
+        if value > 0:
+            long += value
+        else:
+            short += value
+    return Exposure(long, short)
+
+
+def concentration_of(values: Sequence[int]) -> Decimal | None:
+    whole = sum(abs(value) for value in values)
+    if not whole:
+        return None
+    return EXACT.divide(Decimal(sum(value * value for value in values)), Decimal(whole * whole))

@@ -90,7 +90,7 @@ class ContributionShare:
 @strawberry.type(
     description=(
         "What each asset contributed to the range's P&L, by explain's parts. Each list sums to the total exactly. "
-        "Sectors and classes are those of today."
+        "Sectors and classes are those in force at the range's end."
     )
 )
 class Contribution:
@@ -159,7 +159,7 @@ async def load_contribution(context: Context, portfolio: PortfolioIdentity, hist
     explained = explain(start.worth, worth_to, effects)
     if (explained.nav_from, explained.nav_to) != (first.nav, last.nav):
         return _no_contribution(StatisticReason.PRICES_NOT_RECORDED)
-    return await _show_contribution(context, explained)
+    return await _show_contribution(context, explained, None if history.ends_live else to_datetime(last.at_ns))
 
 
 async def _at(context: Context, portfolio: PortfolioIdentity, at: datetime) -> tuple[PricedState, Worth]:
@@ -190,9 +190,12 @@ def _settled(priced: PricedState, nav: int, now_ns: int) -> Worth:
     return replace(worth, values=settle(worth.values, nav - worth.cash, moved))
 
 
-async def _show_contribution(context: Context, explained: Explained) -> Contribution:
+async def _show_contribution(context: Context, explained: Explained, at: datetime | None) -> Contribution:
+    """Grouped by the classification in force `at` an instant, or now."""
     assets, total = context.services.assets, explained.total.pnl
-    await assets.ensure(row.symbol for row in explained.rows if row.symbol)
+    symbols = [row.symbol for row in explained.rows if row.symbol]
+    await assets.ensure(symbols)
+    classified = await (context.hot.assets(symbols) if at is None else assets.in_force(symbols, at))
 
     def share(key: str | None, pnl: int, asset: Asset | None = None) -> ContributionShare:
         return ContributionShare(key=key, asset=asset, pnl=from_micro(pnl), share=ratio(pnl, total))
@@ -204,9 +207,9 @@ async def _show_contribution(context: Context, explained: Explained) -> Contribu
             share(row.symbol, row.parts.pnl, _asset(context, row.symbol))
             for row in largest(explained.rows, ASSETS_SHOWN_MAX)
         ],
-        by_sector=[share(*one) for one in grouped(explained.rows, lambda symbol: assets.get(symbol).sector)],
+        by_sector=[share(*one) for one in grouped(explained.rows, lambda symbol: classified[symbol].sector)],
         by_asset_class=[
-            share(*one) for one in grouped(explained.rows, lambda symbol: assets.get(symbol).asset_class.value)
+            share(*one) for one in grouped(explained.rows, lambda symbol: classified[symbol].asset_class.value)
         ],
     )
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import Literal, cast
 
 from strawberry.dataloader import DataLoader
@@ -23,11 +25,12 @@ from engine.positions import HotPosition, PositionValuation, value_position
 from engine.runtime.clock import SECOND_NS, Clock
 from engine.sectors import SectorValue
 from engine.sessions import Markets, Sessions
-from engine.stores.assets_postgres import get_assets, list_assets
+from engine.stores.assets_postgres import classified_at, get_assets, list_assets, versions_after
 from engine.stores.hot_state_reads import HotStateReads, Place
 from engine.stores.ledger_reads import LedgerReads, PoolSource, PortfolioIdentity
+from resolvers.errors import AWAY
 
-CATALOGUE_REFRESH_INTERVAL_S = 30  # a reclassified asset shows this late at most
+CATALOGUE_REFRESH_INTERVAL_S = 4  # a reclassified asset shows this late at most
 CATALOGUE_MISS_INTERVAL_S = 1  # unknown symbols are looked up together, and no oftener than this
 CATALOGUE_COUNT_MAX = 20_000
 DIRECTORY_COUNT_MAX = 50_000
@@ -82,6 +85,11 @@ class HotLoader:
     async def sectors(self, place: Place) -> dict[str, SectorValue]:
         return cast(dict[str, SectorValue], await self._loader.load(("sectors", place)))
 
+    async def assets(self, symbols: Collection[str]) -> dict[str, Asset]:
+        """Of each symbol the asset as it is classified at present."""
+        await self._assets.ensure(symbols)
+        return {symbol: self._assets.get(symbol) for symbol in symbols}
+
     async def valued_positions(self, place: Place) -> ValuedPositions | None:
         """The portfolio's positions at the latest quotes; None as long as it has no mark."""
         if place not in self._valued:
@@ -122,17 +130,22 @@ class HotLoader:
 
 
 class AssetCatalogue:
-    """Assets by symbol, from PostgreSQL, beginning with the catalogue that ships with the program.
+    """Assets by symbol, beginning with the catalogue that ships with the program.
 
-    At most CATALOGUE_COUNT_MAX are remembered. A symbol that nobody knows is UNCLASSIFIED, as the ledger books it.
+    PostgreSQL says what was loaded; `refresh` asks it for what is new. Symbols that are not remembered are looked up in
+    Redis first, which has what was loaded too, and goes on having it while PostgreSQL is away. At most
+    CATALOGUE_COUNT_MAX are remembered. A symbol that nobody knows is UNCLASSIFIED, as the ledger books it.
     """
 
-    def __init__(self, pool: PoolSource, markets: Markets) -> None:
+    def __init__(self, pool: PoolSource, hot_state: HotStateReads, markets: Markets) -> None:
         self._pool = pool
+        self._hot_state = hot_state
         self._markets = markets
         self._assets: dict[str, Asset] = load_catalogue()
+        self._arrival = 0
         self._unknown: set[str] = set()
         self._lookup_at_s = 0.0
+        self._watching: list[asyncio.Event] = []
 
     def get(self, symbol: str) -> Asset:
         """The asset as it is known at present, without a read."""
@@ -149,23 +162,51 @@ class AssetCatalogue:
             return
         self._lookup_at_s = time.monotonic()
         unknown, self._unknown = list(self._unknown)[:CATALOGUE_COUNT_MAX], set()
-        self._remember((await get_assets(self._pool(), unknown)).values())
+        await self._look_up(unknown)
 
     async def find(self, symbol: str) -> Asset | None:
-        """The asset if there is one, read from PostgreSQL when it is not known."""
-        if symbol not in self._assets:
-            self._remember((await get_assets(self._pool(), [symbol])).values())
-        return self._assets.get(symbol)
+        """The asset if there is one, looked up when it is not known."""
+        return self._assets.get(symbol) or (await self._look_up([symbol])).get(symbol)
+
+    async def in_force(self, symbols: Collection[str], at: datetime) -> dict[str, Asset]:
+        """Of each symbol the asset as it was classified at an instant."""
+        then = await classified_at(self._pool(), symbols, at) if symbols else {}
+        return {symbol: then.get(symbol) or self.get(symbol) for symbol in symbols}
 
     async def page(self, count_max: int, after: str, asset_class: AssetClass | None, sector: str | None) -> list[Asset]:
         return await list_assets(self._pool(), count_max, after, asset_class, sector)
 
     async def refresh(self) -> None:
-        """Read all assets again. Raises what asyncpg raises when PostgreSQL is away."""
-        after = ""
-        while page := await list_assets(self._pool(), 1_000, after):
-            self._remember(page)
-            after = page[-1].symbol
+        """Learn what was loaded since the last time. Raises what asyncpg raises when PostgreSQL is away."""
+        arrived = await versions_after(self._pool(), self._arrival)
+        if arrived:
+            self._remember(one.asset for one in arrived)
+            self._arrival = arrived[-1].arrival
+            for signal in self._watching:
+                signal.set()
+
+    @property
+    def arrival(self) -> int:
+        """Grows when assets were loaded."""
+        return self._arrival
+
+    @contextmanager
+    def watch(self, signal: asyncio.Event) -> Iterator[None]:
+        """Set `signal` when assets were loaded, or came into being."""
+        self._watching.append(signal)
+        try:
+            yield
+        finally:
+            self._watching.remove(signal)
+
+    async def _look_up(self, symbols: Sequence[str]) -> dict[str, Asset]:
+        found: dict[str, Asset] = {}
+        with suppress(*AWAY):
+            found = await self._hot_state.assets(symbols)
+        if missing := [symbol for symbol in symbols if symbol not in found]:
+            found |= await get_assets(self._pool(), missing)
+        self._remember(found.values())
+        return found
 
     def _remember(self, assets: Iterable[Asset]) -> None:
         for asset in assets:

@@ -14,7 +14,9 @@ import strawberry
 
 from engine.runtime.clock import to_datetime, to_ns
 from engine.stores.ledger_reads import PortfolioIdentity
+from resolvers.allocation import Allocation, load_allocation
 from resolvers.as_of import PastLoader
+from resolvers.badges import BadgeProgress, load_badges
 from resolvers.closed_positions import ClosedPosition, load_closed_positions
 from resolvers.context import SCOPE_PORTFOLIO_READ, Context, Info
 from resolvers.enums import EquityCurveRange
@@ -31,6 +33,8 @@ from resolvers.positions import Position, load_positions
 from resolvers.realized import RealizedPnl, load_realized, load_realized_today
 from resolvers.reconciliation import Reconciliation, load_reconciliation
 from resolvers.sectors import SectorSlice, load_sectors
+from resolvers.thresholds import Threshold, load_thresholds
+from resolvers.webhooks import WEBHOOKS_DEFAULT, Webhook, load_webhooks
 
 PORTFOLIOS_DEFAULT = 50
 INSTANT_DIGITS_MAX = 16  # microseconds since 1970, until the year 2286
@@ -69,6 +73,10 @@ class Portfolio(Node):
     async def sector_allocation(self, info: Info) -> list[SectorSlice]:
         return await load_sectors(self._context(info), self._place)
 
+    @resolved("The same by asset class and by industry too, its exposure, and how concentrated it is; also under asOf.")
+    async def allocation(self, info: Info) -> Allocation:
+        return await load_allocation(self._context(info), self._place)
+
     @resolved("Its NAV over time, ending in the live NAV; at most maxPoints points, 500 when left out.")
     async def equity_curve(self, info: Info, range: EquityCurveRange, max_points: int | None = None) -> EquityCurve:
         return await load_equity_curve(info.context, self._present, range, max_points)
@@ -76,6 +84,10 @@ class Portfolio(Node):
     @resolved("Its return, risk, drawdown and trades over a range, from the points of equityCurve. Ends live.")
     async def performance(self, info: Info, range: EquityCurveRange) -> Performance:
         return await load_performance(info.context, self._present, range)
+
+    @resolved("Every badge there is, with how far it is with it, and what it was awarded for.")
+    async def badges(self, info: Info) -> list[BadgeProgress]:
+        return await load_badges(info.context, self._present)
 
     @resolved("Whether what is shown of it now is what its ledger says, as last checked.")
     async def reconciliation(self, info: Info) -> Reconciliation:
@@ -117,6 +129,10 @@ class Portfolio(Node):
     async def closed_positions(self, info: Info, first: int, after: str | None = None) -> Connection[ClosedPosition]:
         return await load_closed_positions(info.context, self.identity, first, after, self.past)
 
+    @resolved("The bounds that its figures are watched for, oldest first.")
+    async def thresholds(self, info: Info) -> list[Threshold]:
+        return await load_thresholds(info.context, self._present)
+
     def _context(self, info: Info) -> Context:
         return info.context if self.past is None else replace(info.context, hot=self.past)
 
@@ -149,6 +165,12 @@ class Viewer:
         rows = await services.ledger.portfolios(owner, first + 1, begin)
         return connection(rows, first, after, _cursor, show_portfolio)
 
+    @resolved("The viewer's own webhooks, oldest first; also for admin nobody else's. Needs the scope webhooks:write.")
+    async def webhooks(
+        self, info: Info, first: int = WEBHOOKS_DEFAULT, after: str | None = None
+    ) -> Connection[Webhook]:
+        return await load_webhooks(info.context, first, after)
+
 
 def show_portfolio(identity: PortfolioIdentity, past: PastLoader | None = None) -> Portfolio:
     key = identity.portfolio_id if past is None else f"{identity.portfolio_id}{_AT}{to_ns(past.at) // 1_000}"
@@ -170,8 +192,9 @@ async def resolve_portfolio(
         datetime | None,
         strawberry.argument(
             description=(
-                "A past instant, at which valuation, positions and sectorAllocation are shown by what navstream had "
-                "booked by then (recordedAt) at the prices known of then, and the ledger ends. Prices are recorded "
+                "A past instant, at which valuation, positions and allocation are shown by what navstream had booked "
+                "by then (recordedAt), at the prices known of then and by the classification of then (positions show "
+                "their asset as it is today), and the ledger ends. Prices are recorded "
                 "hourly and at session closes; each says when it was quoted and how good it was. Refused: "
                 "AS_OF_BEFORE_OPENING, AS_OF_IN_FUTURE; other fields are AS_OF_UNSUPPORTED."
             )

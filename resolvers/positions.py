@@ -1,15 +1,10 @@
-"""Positions of a portfolio at the latest quotes (engine.positions), as pages and as a stream of what changed.
-
-The stream values a position anew when it was filled or quoted, from what the watches deliver: it reads Redis when
-the portfolio's ledger has grown, not at every tick.
-"""
+"""Positions of a portfolio at the latest quotes (engine.positions), as pages and as a stream of what changed."""
 
 from __future__ import annotations
 
-import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, closing
+from contextlib import aclosing
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -17,24 +12,18 @@ from enum import StrEnum
 import strawberry
 
 from engine.amounts import from_micro
-from engine.marks import Mark
-from engine.messages import Quote
-from engine.positions import HotPosition, PositionValuation, value_position
-from engine.runtime.clock import SECOND_NS, to_datetime
-from engine.stores.ledger_reads import HeldCycle, PortfolioIdentity
+from engine.positions import PositionValuation
+from engine.runtime.clock import to_datetime
+from engine.stores.ledger_reads import HeldCycle
 from resolvers.assets import Asset, show_asset
-from resolvers.context import SCOPE_LEDGER_READ, Context, Info, QuoteWatch
+from resolvers.context import SCOPE_LEDGER_READ, Context, Info
 from resolvers.enums import MarkQuality
-from resolvers.errors import AWAY
 from resolvers.fields import resolved
 from resolvers.lots import Lot, ShownPosition, show_lot
 from resolvers.nav import AS_OF, CONFLATED, EPOCH, SEQUENCE, not_ready
 from resolvers.pages import Connection, check_first, connection, read_cursor, write_cursor
-from resolvers.streams import RATE_HZ_DEFAULT, StreamKind, kind_of, make_pace
-
-AWAY_RETRY_INTERVAL_S = 1
-# A fill's mark may be flushed a moment before its positions are written: they are read once more after this.
-SETTLE_INTERVAL_S = 0.5
+from resolvers.position_streams import Present, follow_positions
+from resolvers.streams import RATE_HZ_DEFAULT, StreamKind
 
 
 class PositionSide(StrEnum):
@@ -153,136 +142,30 @@ async def position_updates(
 ) -> AsyncIterator[PositionUpdate]:
     context = info.context
     portfolio = await context.portfolio(portfolio_id)
-    signal = asyncio.Event()
-    pace = make_pace(context, max_rate_hz, signal)
-    hub = context.services.hub
-    with ExitStack() as stack:
-        marks = stack.enter_context(hub.watch_portfolio(portfolio.shard, portfolio_id, signal))
-        quotes = stack.enter_context(hub.watch_quotes((), signal))
-        held = stack.enter_context(closing(_Held(context, portfolio, quotes, signal)))
-        last: Mark | None = None
-        mark: Mark | None = None
-        conflated = 0
-        withheld = False
-        while True:
-            changed = await pace.changed()
-            if not changed:
-                withheld = last is not None and not (marks.current and quotes.current)
-                if last is not None and not withheld:
-                    pace.sending()
-                    yield _show(portfolio_id, last, StreamKind.HEARTBEAT, [], [], 0)
-                continue
-            taken = marks.take()
-            if taken is not None:
-                mark, conflated = taken[0], conflated + taken[1]
-            if mark is None:
-                continue
-            kind = kind_of(last, mark)
-            try:
-                changes, closed = await held.changes(mark, whole=kind is not StreamKind.UPDATE)
-            except AWAY:
-                # What could not be read is still to be shown: try again, and again, until Redis is back.
-                await asyncio.sleep(AWAY_RETRY_INTERVAL_S)
-                signal.set()
-                continue
-            last = mark
-            resumed = withheld and marks.current and quotes.current
-            if changes or closed or kind is not StreamKind.UPDATE or resumed:
-                withheld = withheld and not resumed
-                pace.sending()
-                positions = [show_position(context, portfolio_id, mark.ledger_sequence, row) for row in changes]
-                yield _show(portfolio_id, mark, kind, positions, closed, conflated)
-            conflated = 0
 
+    def compose(present: Present) -> PositionUpdate | None:
+        if not (present.changes or present.closed or present.due):
+            return None
+        return _show_update(context, portfolio_id, present)
 
-class _Held:
-    """The positions and quotes that one stream has shown last."""
-
-    def __init__(
-        self, context: Context, portfolio: PortfolioIdentity, quotes: QuoteWatch, signal: asyncio.Event
-    ) -> None:
-        self._context = context
-        self._signal = signal
-        self._portfolio = portfolio
-        self._watch = quotes
-        self._positions: dict[str, HotPosition] = {}
-        self._quotes: dict[str, Quote] = {}
-        self._shown: dict[str, tuple[object, ...]] = {}
-        self._read_at: tuple[int, int] | None = None
-        self._settling: asyncio.TimerHandle | None = None
-        self._settled = True
-
-    def close(self) -> None:
-        if self._settling is not None:
-            self._settling.cancel()
-
-    async def changes(self, mark: Mark, whole: bool) -> tuple[list[PositionValuation], list[str]]:
-        """The positions that differ from what was shown last (all of them when `whole`), and those now flat."""
-        # Before anything is read: what waits now is no newer than what will be read, and what comes meanwhile is.
-        self._take_quotes()
-        if self._read_at != (mark.epoch, mark.ledger_sequence):
-            await self._read()
-            self._read_at = (mark.epoch, mark.ledger_sequence)
-            self.close()
-            self._settling = asyncio.get_running_loop().call_later(SETTLE_INTERVAL_S, self._settle)
-        elif not self._settled:
-            await self._read()
-            self._settled = True
-        self._take_quotes()
-        services = self._context.services
-        now_ns, stale_after_ns = services.clock.now_ns(), services.settings.stale_after_s * SECOND_NS
-        changes: list[PositionValuation] = []
-        shown: dict[str, tuple[object, ...]] = {}
-        for symbol in sorted(self._positions):
-            held = self._positions[symbol]
-            quote, sessions = self._quotes.get(symbol), services.assets.sessions(symbol)
-            row = value_position(symbol, held, quote, mark.nav, now_ns, stale_after_ns, sessions)
-            shown[symbol] = (held, row.price, row.price_as_of_ns, row.quality)
-            if whole or shown[symbol] != self._shown.get(symbol):
-                changes.append(row)
-        closed = sorted(self._shown.keys() - shown.keys())
-        self._shown = shown
-        return changes, closed
-
-    def _take_quotes(self) -> None:
-        taken = self._watch.take()
-        if taken is not None:
-            self._quotes.update(taken[0])
-
-    def _settle(self) -> None:
-        self._settled = False
-        self._signal.set()
-
-    async def _read(self) -> None:
-        services = self._context.services
-        place = (self._portfolio.shard, self._portfolio.portfolio_id)
-        positions = await services.hot_state.positions(*place)
-        # Watched before they are read, so that no quote falls between.
-        self._watch.change(positions)
-        quotes = await services.hot_state.quotes(positions)
-        await services.assets.ensure(positions)
-        self._positions, self._quotes = positions, quotes
+    async with aclosing(follow_positions(context, portfolio, max_rate_hz, compose)) as updates:
+        async for update in updates:
+            yield update
 
 
 def _cursor(row: PositionValuation) -> str:
     return write_cursor("positions", row.symbol)
 
 
-def _show(
-    portfolio_id: str,
-    mark: Mark,
-    kind: StreamKind,
-    positions: list[Position],
-    closed_symbols: list[str],
-    conflated: int,
-) -> PositionUpdate:
+def _show_update(context: Context, portfolio_id: str, present: Present) -> PositionUpdate:
+    mark = present.mark
     return PositionUpdate(
-        kind=kind,
+        kind=present.kind,
         portfolio_id=portfolio_id,
-        positions=positions,
-        closed_symbols=closed_symbols,
+        positions=[show_position(context, portfolio_id, mark.ledger_sequence, row) for row in present.changes],
+        closed_symbols=list(present.closed),
         as_of=to_datetime(mark.as_of_ns),
         epoch=mark.epoch,
         sequence=mark.sequence,
-        conflated=conflated,
+        conflated=present.conflated,
     )

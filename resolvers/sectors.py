@@ -38,16 +38,15 @@ async def load_sectors(context: Context, place: tuple[int, str]) -> list[SectorS
     valued, at_last_fill = await context.hot.valued_positions(place), await context.hot.sectors(place)
     if valued is None:
         raise not_ready()
-    assets = context.services.assets
-    await assets.ensure(valued.symbols)
-    live = allocate((assets.get(symbol).sector, valued.value(symbol).value) for symbol in valued.symbols)
-    before = {held.sector: present(held.weight, WEIGHT_DECIMALS) for held in slices_of(at_last_fill)}
+    assets = await context.hot.assets(valued.symbols)
+    live = allocate((assets[symbol].sector, valued.value(symbol).value) for symbol in valued.symbols)
+    before = {held.name: present(held.weight, WEIGHT_DECIMALS) for held in slices_of(at_last_fill)}
     return [
         SectorSlice(
-            sector=held.sector,
+            sector=held.name,
             value=from_micro(held.value),
             weight=present(held.weight, WEIGHT_DECIMALS),
-            weight_at_last_fill=before.get(held.sector),
+            weight_at_last_fill=before.get(held.name),
         )
         for held in live
     ]

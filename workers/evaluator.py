@@ -17,6 +17,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
@@ -33,17 +34,22 @@ from engine.runtime.clock import Clock, to_datetime
 from engine.runtime.connections import AWAY, Outage, connect_redis, make_engine, make_producer, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores.actions_postgres import ActionsStore
+from engine.stores.badges_postgres import BadgesStore
 from engine.stores.hot_state_redis import HotStateWriter
 from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter, OffsetMoved
 from engine.stores.shards_postgres import Shards
+from engine.stores.thresholds_postgres import WatchedThresholds
 from workers.action_booking import ActionBooking
+from workers.badge_proving import BadgeProving
 from workers.corporate_actions import ActionSchedule
 from workers.dead_letters import bury
 from workers.flusher import Flusher, OwnedShard
 from workers.lifecycle import run_together
 from workers.quote_intake import QuoteIntake
+from workers.reclassification import Reclassification
 from workers.sector_map import SectorMap
 from workers.split_order import SplitOrder
+from workers.threshold_watch import ThresholdWatch
 
 HELD_INTERVAL_S = 0.01  # fills that wait for a split are looked at this often
 # Kafka answers a fetch as soon as there are records; the embedded broker always lets it wait this long.
@@ -71,13 +77,19 @@ class Evaluator:
         actions_store = ActionsStore(self._engine)
         self.actions = ActionSchedule(actions_store)
         self._split_order = SplitOrder(clock, self.actions)
+        self.badges = BadgeProving(BadgesStore(self._engine, settings.badge_topic), self)
         self.flusher = Flusher(settings, clock, self)
         self.booking = ActionBooking(settings, clock, actions_store, self)
+        self.thresholds = ThresholdWatch(settings, WatchedThresholds(self._engine), self)
+        self.flusher.watchers.append(self.thresholds.look)
+        self._reclassification = Reclassification(self)
         self._consumer: AIOKafkaConsumer
         self.producer: AIOKafkaProducer
         self._log_id = ""
         self._claims: list[Lease] = []
         self._leaving: set[int] = set()
+        # Shards that were let go, with the day bases that PostgreSQL has not got.
+        self._cuts_kept: dict[int, OwnedShard] = {}
         self._settling = Outage("redis or postgresql")
         self._settle_at_s = 0.0
 
@@ -101,7 +113,11 @@ class Evaluator:
             if not await self._connect(stop):
                 return
             await run_together(
-                self._keep_leases(stop), self._book_events(stop), self.quotes.run(stop), self.flusher.run(stop)
+                self._keep_leases(stop),
+                self._book_events(stop),
+                self.quotes.run(stop),
+                self.flusher.run(stop),
+                self.thresholds.run(stop),
             )
         finally:
             await self._leave()
@@ -125,6 +141,7 @@ class Evaluator:
                 self._log_id = await self._identify_log()
                 await self.shards.ensure(len(partitions), self._log_id)
                 await self.sectors.load()
+                await self.badges.open()
                 await self.booking.open(self._consumer, self._log_id)
                 return True
             except AWAY as error:
@@ -196,6 +213,8 @@ class Evaluator:
             try:
                 await self._change_shards()
                 await self.booking.book_due()
+                await self._reclassification.follow()
+                await self.badges.prove_due(self.flusher.as_of_ns)
                 await self._poll()
                 outage.end()
             except AWAY as error:
@@ -237,7 +256,9 @@ class Evaluator:
     async def _let_go(self, number: int) -> None:
         self._leaving.discard(number)
         if leaving := self.owned.pop(number, None):
+            self._cuts_kept[number] = leaving
             self.book.drop_shard(number)
+            self.badges.drop(number)
             self.actions.drop(number)
             await self.shards.release(leaving.lease)
 
@@ -248,6 +269,7 @@ class Evaluator:
             if before is not None:
                 before.published = False
                 await self.flusher.store_cuts(before)
+            await self._store_kept_cuts(lease)
             await self.booking.take(lease.shard)
             owned = await self.flusher.take(lease)
         except Fenced as error:
@@ -258,6 +280,14 @@ class Evaluator:
             owned.sequence = before.sequence  # (epoch, sequence) orders marks, so it goes on within an epoch
         self.owned[lease.shard] = owned
         _log.info("shard_taken", shard=lease.shard, epoch=lease.epoch, next_offset=owned.next_offset)
+
+    async def _store_kept_cuts(self, lease: Lease) -> None:
+        """Store what was taken at cuts while the shard was ours, if nobody has owned it since: better than to make it
+        from the ledger."""
+        before = self._cuts_kept.get(lease.shard)
+        if before is not None and before.lease.epoch + 1 == lease.epoch:
+            await self.flusher.store_cuts(replace(before, lease=lease))
+        self._cuts_kept.pop(lease.shard, None)
 
     def _assign(self) -> None:
         topic = self._settings.topic
@@ -276,6 +306,7 @@ class Evaluator:
             timeout_ms=self.booking.patience_ms(POLL_TIMEOUT_MS),
             max_records=self._settings.event_batch_count_max,
         )
+        self.flusher.catch_up()
         announced = {p.partition: fetched.pop(p) for p in list(fetched) if p.topic == self._settings.actions_topic}
         if announced and 0 in self.owned:
             await self.booking.record(self.owned[0].lease, announced)
@@ -285,7 +316,8 @@ class Evaluator:
             if partition.partition in self.owned and partition.partition not in self._leaving
         )
         # All come to an end before anything is fetched again: a shard never has two batches under way.
-        outcomes = await asyncio.gather(*batches, return_exceptions=True)
+        with self.flusher.booking():
+            outcomes = await asyncio.gather(*batches, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -303,6 +335,7 @@ class Evaluator:
         records = list(bookable)
         if not records:
             return
+        prover = self.badges.prover(shard.lease.shard)
         try:
             with telemetry.BOOKING_TIME.time():
                 booked = await self._ledger.book(
@@ -313,6 +346,7 @@ class Evaluator:
                     self._now(),
                     partial(bury, self.producer, self._settings.topic, shard.lease.shard),
                     self.actions.splits_of_shard(shard.lease.shard),
+                    prover,
                 )
         except Fenced as error:
             self.lose(shard.lease, str(error))
@@ -337,6 +371,7 @@ class Evaluator:
             changes = post(self.book, shard.lease.shard, booked, self.sectors.sector_of, self.actions.splits_of)
             for portfolio_id, opened in booked.opened.items():
                 self.flusher.place(portfolio_id, opened.day_cut)
+            self.badges.booked(prover, booked)
             await self.flusher.write_positions(shard, changes)
         finally:
             shard.posting = False

@@ -17,12 +17,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import structlog
 
+from engine.badges import Rule
 from engine.book_columns import Int64s
-from engine.marks import FrameHeader
+from engine.marks import FrameHeader, MarkArray
 from engine.posting import PositionsChange, allocation, hot_position
 from engine.runtime import telemetry
 from engine.runtime.clock import Clock, MarketClock, to_datetime
@@ -54,6 +56,8 @@ class Flusher:
         self._time = BookTime(settings, clock, host)
         self._positions_interval_s = RECORDED_POSITIONS_INTERVAL_S if isinstance(clock, MarketClock) else 0
         self._outage = Outage("redis")
+        # Told of every shard's flushed slots and their marks, once these are in hot state.
+        self.watchers: list[Callable[[OwnedShard, Int64s, MarkArray], None]] = []
 
     @property
     def as_of_ns(self) -> int:
@@ -65,6 +69,15 @@ class Flusher:
         """No boundary up to here is still to be taken."""
         return self._time.reached_ns
 
+    def booking(self) -> AbstractContextManager[None]:
+        """A batch is under way: boundaries wait for it."""
+        return self._time.booking()
+
+    def catch_up(self) -> None:
+        """Between two batches: take a boundary that waited for the one before, or it would wait for ever."""
+        if self._time.is_held:
+            self._time.advance()
+
     # -- called by the events loop ---------------------------------------------------------------------------
 
     async def take(self, lease: Lease) -> OwnedShard:
@@ -72,11 +85,13 @@ class Flusher:
         with self._time.loading():
             while True:
                 self._time.advance()
-                loaded = await self._load(lease)
+                loaded = await self._load(lease, self._host.badges.rules)
                 self._host.book.drop_shard(lease.shard)
+                self._host.badges.drop(lease.shard)
                 for start in range(0, len(loaded.portfolios), PORTFOLIOS_PER_STEP_MAX):
                     for portfolio in loaded.portfolios[start : start + PORTFOLIOS_PER_STEP_MAX]:
                         self._open(lease.shard, portfolio)
+                        self._host.badges.take(lease.shard, portfolio, loaded.badges.get(portfolio.portfolio_id, {}))
                     await asyncio.sleep(0)
                 if all(self._time.last_cut(day_cut) == cut_at for day_cut, cut_at in loaded.cuts.items()):
                     break
@@ -85,8 +100,8 @@ class Flusher:
         owned.cuts_due += loaded.estimated
         return owned
 
-    async def _load(self, lease: Lease) -> LoadedShard:
-        return await self._host.shards.load(lease, self._time.last_cut, self._time.quote_of)
+    async def _load(self, lease: Lease, rules: Sequence[Rule] = ()) -> LoadedShard:
+        return await self._host.shards.load(lease, self._time.last_cut, self._time.quote_of, rules)
 
     async def publish(self, owned: OwnedShard) -> None:
         """Write all of a shard to hot state and point readers at it. Raises Fenced; AWAY errors."""
@@ -178,7 +193,7 @@ class Flusher:
             )
             for held in portfolio.holdings
         }
-        sectors = allocation(book, name, self._host.sectors.sector_of) if name in book else []
+        sectors = allocation(book, name, self._host.sectors.sector_of) if name in book else {}
         return PositionsChange(name, replace=True, closed=(), positions=positions, sectors=sectors)
 
     # -- the flush loop --------------------------------------------------------------------------------------
@@ -223,12 +238,14 @@ class Flusher:
         if withheld.any():
             telemetry.MARKS_WITHHELD.inc(int(withheld.sum()))
             slots = slots[~withheld]
+        self._host.badges.look(owned, slots, as_of_ns)
         owned.sequence += 1
         previous, owned.flushed_sequence = owned.flushed_sequence, owned.sequence
         lease = owned.lease
         header = FrameHeader(lease.shard, lease.epoch, owned.sequence, previous, as_of_ns, oldest_event_ns)
         try:
-            outcome = await self._host.hot.flush(header, slots, book.marks(slots, as_of_ns, owned.sequence))
+            marks = book.marks(slots, as_of_ns, owned.sequence)
+            outcome = await self._host.hot.flush(header, slots, marks)
         except AWAY as error:
             book.touch(slots)
             telemetry.FLUSHES.labels("failed").inc()
@@ -240,7 +257,10 @@ class Flusher:
         telemetry.ROWS_FLUSHED.inc(len(slots))
         if oldest_event_ns:
             telemetry.TICK_TO_HOT.observe(max(0, self._clock.now_ns() - oldest_event_ns) / 1e9)
-        if outcome is FlushOutcome.FENCED:
+        if outcome is FlushOutcome.WRITTEN:
+            for watch in self.watchers:
+                watch(owned, slots, marks)
+        elif outcome is FlushOutcome.FENCED:
             self._host.lose(lease, "hot state has a newer epoch")
         elif outcome is FlushOutcome.LOST:
             _log.warning("hot_state_lost", shard=lease.shard)

@@ -2,7 +2,7 @@
 
     1. start what the settings do not name (embedded), all at once
     2. migrate the database, load the shipped catalogue, announce a recording's splits and dividends
-    3. start evaluators, API, snapshots, reconciler, and with a feed the quotes worker
+    3. start evaluators, API, snapshots, reconciler, badges, webhooks, and with a feed the quotes worker
     4. wait until the API is ready and every shard is owned, then write the ready file
     5. supervise until SIGINT or SIGTERM; then stop workers first, servers last
 
@@ -31,6 +31,7 @@ import msgspec
 import structlog
 from pydantic import SecretStr
 
+from engine.badges import load_rules
 from engine.runtime.clock import SECOND_NS, make_clock, to_datetime
 from engine.runtime.connections import AWAY, connect_postgres
 from engine.runtime.embedded import EmbeddedError, start_embedded
@@ -39,6 +40,7 @@ from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import ReadyFile, Settings, read_ready_file
 from engine.runtime.supervisor import ServerEnded, Supervisor
 from engine.runtime.telemetry import start_telemetry
+from engine.stores.badges_postgres import sync_rules
 from engine.stores.migrate import upgrade
 from workers.catalogue import load_assets
 from workers.feeds.replay import bar_actions, parse_replay, plan_replay
@@ -96,7 +98,7 @@ def run_system(
         try:
             settings, making_sessions = _make_sessions(settings, children, beside)
             settings, server_pids = _start_servers(settings, options, children)
-            asyncio.run(_prepare(settings, options))
+            asyncio.run(prepare_database(settings, _assets_beside(recording_of(options.feed))))
             making_sessions.result()
             settings = _plan_clock(settings, options, time.monotonic() - began_s)
             asyncio.run(_announce(settings, options))
@@ -160,12 +162,32 @@ def _plan_clock(settings: Settings, options: SystemOptions, started_in_s: float)
     return settings.model_copy(update={"market_clock": plan.plan_json})
 
 
-async def _prepare(settings: Settings, options: SystemOptions) -> None:
+def _assets_beside(recording: Path) -> str:
+    """The asset file that lies beside a recording; empty without one."""
+    file = recording.with_name("assets.csv") if recording.name else None
+    return file.read_text() if file is not None and file.exists() else ""
+
+
+async def prepare_database(settings: Settings, assets: str = "") -> None:
+    """Bring the database to the newest schema, with all badge rules, these assets and those of the shipped catalogue.
+
+    Raises ValueError, AWAY errors.
+    """
     await upgrade(settings.postgres_url)
-    beside = recording_of(options.feed).with_name("assets.csv") if recording_of(options.feed).name else None
-    if beside is not None and beside.exists():
-        await load_assets(settings, beside.read_text())
+    if assets:
+        await load_assets(settings, assets)
     await load_assets(settings)
+    await _sync_badge_rules(settings)
+
+
+async def _sync_badge_rules(settings: Settings) -> None:
+    """Make the shipped rules known. Raises BadRuleError, a ValueError, when one has changed under its version."""
+    pool = await connect_postgres(settings, "system")
+    try:
+        async with pool.acquire() as connection:
+            await sync_rules(connection, load_rules())
+    finally:
+        await pool.close()
 
 
 async def _announce(settings: Settings, options: SystemOptions) -> None:
@@ -211,6 +233,8 @@ def _start_roles(supervisor: Supervisor, settings: Settings, options: SystemOpti
     start("api", "api")
     start("snapshots", "snapshots")
     start("reconciler", "reconciler")
+    start("badges", "badges")
+    start("webhooks", "webhooks")
     if options.feed:
         start("quotes", "quotes", "--feed", options.feed, "--seed", str(options.seed))
     if options.demo_portfolios:

@@ -40,6 +40,8 @@ class Settings(BaseSettings):
     kafka_bootstrap: str = ""
     topic: str = "portfolio-events"
     actions_topic: str = "corporate-actions"
+    badge_topic: str = "badge-events"
+    threshold_topic: str = "threshold-events"
     # Offsets are kept per log: empty means the Kafka cluster's own id.
     kafka_log_id: str = ""
 
@@ -115,6 +117,31 @@ class Settings(BaseSettings):
     # How long a mutation waits for Kafka before it answers UNAVAILABLE.
     acknowledge_timeout_s: int = Field(default=15, ge=1)
 
+    # Whether webhooks may go to addresses that only this machine or network reaches, and without TLS: for tests and
+    # closed networks. Elsewhere it would let any subject knock at doors behind the firewall.
+    webhook_private_addresses: bool = False
+    # Each delivery under way holds a socket and for a moment one of the pool's connections.
+    webhook_deliveries_count_max: int = Field(default=32, ge=1, le=1_000)
+    # One endpoint that hangs takes no more than these of them.
+    webhook_endpoint_deliveries_count_max: int = Field(default=4, ge=1)
+    # From the look-up of the name to the answer's headers.
+    webhook_timeout_s: int = Field(default=10, ge=1, le=30)
+    # What waits for one endpoint; more is dropped and counted. An endpoint that is away for a day makes no more rows.
+    webhook_waiting_count_max: int = Field(default=10_000, ge=1)
+    webhooks_per_subject_max: int = Field(default=20, ge=1)
+    # How long a rotated secret goes on signing beside the new one, unless the owner says otherwise.
+    webhook_rotation_overlap_s: int = Field(default=86_400, ge=0, le=604_800)
+    # A test goes to an address of the caller's choosing: this often at most, so that nobody is flooded through us.
+    webhook_test_interval_s: int = Field(default=10, ge=0)
+    # The delivery log reaches back so far; the payloads are in the badge events for ever.
+    webhook_log_retention_days: int = Field(default=30, ge=2, le=3_650)
+    # Each is compared at every flush that changes its portfolio.
+    thresholds_per_portfolio_max: int = Field(default=50, ge=1, le=1_000)
+    # A new threshold is watched within this.
+    threshold_poll_interval_ms: int = Field(default=2_000, ge=50, le=5_000)
+    # Crossings that wait for PostgreSQL, per evaluator; beyond it they are given up, counted, and looked for anew.
+    threshold_crossings_waiting_max: int = Field(default=10_000, ge=1)
+
     redis_timeout_s: int = Field(default=1, ge=1)
     postgres_timeout_s: int = Field(default=10, ge=1)
     postgres_pool_size: int = Field(default=8, ge=1)
@@ -151,6 +178,8 @@ class Settings(BaseSettings):
             "NAVSTREAM_KAFKA_BOOTSTRAP": self.kafka_bootstrap,
             "NAVSTREAM_TOPIC": self.topic,
             "NAVSTREAM_ACTIONS_TOPIC": self.actions_topic,
+            "NAVSTREAM_BADGE_TOPIC": self.badge_topic,
+            "NAVSTREAM_THRESHOLD_TOPIC": self.threshold_topic,
             "NAVSTREAM_JWT_SECRET": self.jwt_secret.get_secret_value(),
             "NAVSTREAM_MARKET_CLOCK": self.market_clock,
             "NAVSTREAM_SESSIONS_FILE": self.sessions_file,

@@ -20,6 +20,7 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 EVENTS = Counter("navstream_events_total", "Portfolio events by outcome", ["outcome"])
 DEAD_LETTERS = Counter("navstream_dead_letters_total", "Events that will never be booked, by reason", ["code"])
 UNCLASSIFIED = Counter("navstream_unclassified_assets_total", "Assets created by a fill in an unknown symbol")
+RECLASSIFIED = Counter("navstream_reclassified_assets_total", "Assets whose class, sector or industry has changed")
 QUOTES_APPLIED = Counter("navstream_quotes_applied_total", "Quotes applied to the Book after conflation")
 QUOTES_CONFLATED = Counter("navstream_quotes_conflated_total", "Quotes replaced by a newer one within a window")
 QUOTES_REFUSED = Counter("navstream_quotes_refused_total", "Quotes whose values would leave the exact range")
@@ -61,7 +62,25 @@ BROKEN_LEDGERS = Gauge("navstream_broken_ledgers", "Portfolios whose ledger does
 RECONCILED = Counter("navstream_reconciled_total", "Checks of portfolios, by what they found", ["status"])
 REPAIRS = Counter("navstream_repairs_total", "Shards that were let go to be published anew")
 OLDEST_CHECK_AGE = Gauge("navstream_oldest_check_age_seconds", "Age of the check that is longest ago")
+BADGES_PROVED = Counter("navstream_badges_proved_total", "Badge events that this evaluator proved", ["badge", "kind"])
+OUTBOX_PRODUCED = Counter("navstream_outbox_produced_total", "Messages that Kafka has acknowledged", ["topic"])
+OUTBOX_WAITING = Gauge("navstream_outbox_waiting", "Messages proved and not booked by their consumer yet")
+BADGE_MESSAGES = Counter(
+    "navstream_badge_messages_total", "Messages of the badges worker's topics, by outcome", ["outcome"]
+)
+DAILY_BADGES = Histogram("navstream_daily_badges_seconds", "Judging one session close", buckets=LATENCY_BUCKETS_S)
+DAILY_BADGES_SKIPPED = Counter("navstream_daily_badges_skipped_total", "Session closes passed over for a newer one")
 QUOTES_FORGOTTEN = Counter("navstream_quotes_forgotten_total", "Quotes that a full history of prices gave up early")
+
+WEBHOOK_DELIVERIES = Counter(
+    "navstream_webhook_deliveries_total", "Webhook deliveries by what became of them", ["outcome"]
+)
+WEBHOOK_ATTEMPTS = Counter("navstream_webhook_attempts_total", "Attempts to deliver, by error or `ok`", ["outcome"])
+WEBHOOK_TIME = Histogram(
+    "navstream_webhook_attempt_seconds", "From the look-up of a name to the answer", buckets=(*LATENCY_BUCKETS_S, 10.0)
+)
+THRESHOLDS_WATCHED = Gauge("navstream_thresholds_watched", "Thresholds that this evaluator compares")
+THRESHOLD_CROSSINGS = Counter("navstream_threshold_crossings_total", "Thresholds that fired, by outcome", ["outcome"])
 
 
 def start_telemetry(settings: Settings, role: str) -> None:

@@ -1,4 +1,4 @@
-"""Hot state as readers see it: marks, positions, sector values and quotes, from Redis.
+"""Hot state as readers see it: marks, positions, sector values, quotes and assets, from Redis.
 
 A shard's pointer (`shard:{n}`, field `epoch`) says which `marks:{n}:<epoch>` hash is valid. The pointer is
 remembered and read again in the same round trip as the marks: when it has moved meanwhile, the marks just read
@@ -20,6 +20,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from engine.assets import Asset, classification_decoder
 from engine.marks import Mark, decode_mark
 from engine.messages import Quote, quote_decoder
 from engine.positions import HotPosition, hot_position_decoder
@@ -107,6 +108,13 @@ class HotStateReads:
 
     async def quotes(self, symbols: Iterable[str]) -> dict[str, Quote]:
         return (await self.read(quotes=symbols)).quotes
+
+    async def assets(self, symbols: Sequence[str]) -> dict[str, Asset]:
+        """The loaded ones of these assets, as they were last written."""
+        async with asyncio.timeout(self._timeout_s):
+            packed: list[Any] = await self._redis.hmget(redis_keys.ASSETS, list(symbols)) if symbols else []
+        pairs = zip(symbols, packed, strict=True)
+        return {symbol: classification_decoder.decode(one).asset(symbol) for symbol, one in pairs if one is not None}
 
     def _ask_marks(self, pipeline: Any, wanted: dict[int, list[str]]) -> dict[int, int]:
         tried = {shard: self._epochs.get(shard, 0) for shard in wanted}

@@ -29,7 +29,7 @@ from redis.asyncio.connection import AbstractConnection
 from engine.marks import MARK, FrameHeader, MarkArray, encode_frame, frame_parts
 from engine.positions import hot_position_encoder
 from engine.posting import PositionsChange
-from engine.sectors import SectorValue, sector_value_encoder
+from engine.sectors import ranks_of, sector_value_encoder
 from engine.stores import redis_keys
 
 TEMPLATE_CAPACITY_MIN = 64
@@ -284,8 +284,8 @@ def _arguments(change: PositionsChange) -> list[Any]:
         positions += (symbol, hot_position_encoder.encode(position))
     weights: list[Any] = []
     values: list[Any] = []
-    for held in change.sectors:
-        weights += (repr(float(held.weight)), held.sector)
-        values += (held.sector, sector_value_encoder.encode(SectorValue(held.value, held.gross)))
+    for sector, weight in ranks_of(change.sectors).items():
+        weights += (repr(weight), sector)
+        values += (sector, sector_value_encoder.encode(change.sectors[sector]))
     counted = (change.closed, positions, weights, values)
     return [int(change.replace), *(part for block in counted for part in (len(block), *block))]

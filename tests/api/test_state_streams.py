@@ -8,7 +8,7 @@ import time
 import pytest
 
 from engine.messages import Quote
-from resolvers.positions import SETTLE_INTERVAL_S
+from resolvers.position_streams import SETTLE_INTERVAL_S
 from tests.builders import MICRO, MarkRow, frame, held
 from tests.gateway import Gateway, Stream
 

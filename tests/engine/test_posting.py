@@ -11,6 +11,7 @@ from engine.portfolio import Position
 from engine.positions import HotPosition
 from engine.posting import hot_position
 from engine.runtime.clock import to_ns
+from engine.sectors import SectorValue
 from tests.bookkeeping import AT, Bookkeeping, cash, fill, opening
 from tests.oracle import MICRO
 
@@ -40,10 +41,10 @@ def test_one_change_per_portfolio_names_what_moved_and_what_closed() -> None:
     (change,) = kept.changes
     assert change.closed == ["AAPL"]
     assert change.positions == {"BTC": HotPosition("-1", -30 * MICRO, 0, -30 * MICRO, to_ns(AT), 0, 6)}
-    assert [(at.sector, at.value, at.gross, at.weight) for at in change.sectors] == [
-        ("Crypto", -30 * MICRO, 30 * MICRO, Decimal("0.6")),
-        ("Energy", 20 * MICRO, 20 * MICRO, Decimal("0.4")),
-    ]
+    assert change.sectors == {
+        "Crypto": SectorValue(-30 * MICRO, 30 * MICRO),
+        "Energy": SectorValue(20 * MICRO, 20 * MICRO),
+    }
 
 
 def test_a_batch_without_effect_changes_nothing() -> None:

@@ -249,6 +249,7 @@ def test_bad_arguments_end_with_one_clear_line(tmp_path: Path) -> None:
         "snapshots",
         "reconcile",
         "reconciler",
+        "webhooks",
         "replay",
         "events",
         "actions",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from redis.asyncio import Redis
 from engine.marks import MARK, FrameHeader, MarkArray, decode_frame, decode_mark
 from engine.positions import HotPosition, hot_position_decoder
 from engine.posting import PositionsChange
-from engine.sectors import SectorSlice, SectorValue, sector_value_decoder
+from engine.sectors import SectorValue, sector_value_decoder
 from engine.stores import redis_keys
 from engine.stores.hot_state_redis import SNAPSHOT_FRAMES_MAX, FlushOutcome, HotStateWriter, MarksLayout
 
@@ -48,8 +47,8 @@ def header(epoch: int, sequence: int) -> FrameHeader:
 
 
 def holding(quantity: str, symbol: str = "AAPL", *, replace: bool = False, name: str = "p-1") -> PositionsChange:
-    slices = [SectorSlice("Tech", 7, 7, Decimal(1))]
-    return PositionsChange(name, replace, [], {symbol: HotPosition(quantity, 5, 6, 7, 8)}, slices)
+    sectors = {"Tech": SectorValue(7, 7)}
+    return PositionsChange(name, replace, [], {symbol: HotPosition(quantity, 5, 6, 7, 8)}, sectors)
 
 
 async def quantities(client: Redis, name: str = "p-1") -> dict[str, str]:
@@ -255,7 +254,7 @@ async def test_positions_and_sectors_are_written_whole_and_replaced(client: Redi
         True,
         [],
         {"AAPL": HotPosition("1", 2, 3, 4, 5), "XOM": HotPosition("-9", 2, 3, 4, 5)},
-        [SectorSlice("Tech", 5, 5, Decimal("0.25")), SectorSlice("Energy", -15, 15, Decimal("0.75"))],
+        {"Tech": SectorValue(5, 5), "Energy": SectorValue(-15, 15)},
     )
     assert await writer.write_positions(SHARD, 1, [before])
     assert await quantities(client) == {"AAPL": "1", "XOM": "-9"}
@@ -263,7 +262,7 @@ async def test_positions_and_sectors_are_written_whole_and_replaced(client: Redi
     assert [(name, score) for name, score in ranked] == [(b"Tech", 0.25), (b"Energy", 0.75)]
     values = await client.hgetall(redis_keys.sector_values(SHARD, "p-1"))
     assert sector_value_decoder.decode(values[b"Energy"]) == SectorValue(-15, 15)
-    changed = PositionsChange("p-1", False, ["XOM", "gone"], {"MSFT": HotPosition("4", 2, 3, 4, 5)}, [])
+    changed = PositionsChange("p-1", False, ["XOM", "gone"], {"MSFT": HotPosition("4", 2, 3, 4, 5)}, {})
     assert await writer.write_positions(SHARD, 1, [changed])
     assert await quantities(client) == {"AAPL": "1", "MSFT": "4"}
     assert not await client.exists(redis_keys.sectors(SHARD, "p-1"), redis_keys.sector_values(SHARD, "p-1"))
@@ -299,11 +298,11 @@ async def test_a_portfolio_of_thousands_of_positions_is_written_and_closed(clien
     writer = HotStateWriter(client)
     symbols = [f"S-{number}" for number in range(count)]
     positions = {symbol: HotPosition(symbol[2:], 1, 2, 3, 4) for symbol in symbols}
-    slices = [SectorSlice(symbol, 1, 1, Decimal(1) / count) for symbol in symbols]
-    assert await writer.write_positions(SHARD, 1, [PositionsChange("p-1", True, [], positions, slices)])
+    sectors = dict.fromkeys(symbols, SectorValue(1, 1))
+    assert await writer.write_positions(SHARD, 1, [PositionsChange("p-1", True, [], positions, sectors)])
     assert await quantities(client) == {symbol: symbol[2:] for symbol in symbols}
     assert await client.zcard(redis_keys.sectors(SHARD, "p-1")) == count
-    assert await writer.write_positions(SHARD, 1, [PositionsChange("p-1", False, symbols, {}, [])])
+    assert await writer.write_positions(SHARD, 1, [PositionsChange("p-1", False, symbols, {}, {})])
     assert await quantities(client) == {}
 
 
