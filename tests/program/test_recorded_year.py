@@ -1,119 +1,20 @@
-"""The recorded year through the whole program, and every figure of it reckoned again by tests.slow_fold.
-
-`NAVSTREAM_YEAR_SPEED` (market days a second) and `NAVSTREAM_YEAR_PORTFOLIOS` make it longer and larger.
-"""
+"""The recorded year through the whole program, and every figure of it reckoned again by tests.slow_fold."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
 from datetime import datetime, timedelta
 from decimal import Decimal
 
-import asyncpg
 import pytest
 
-from engine.runtime.connections import postgres_dsn
-from engine.runtime.settings import ReadyFile
-from tests.running_program import RECORDING, navstream, system
-from tests.slow_fold import Dividend, Fold, Split, Worth, Year, read_year
+from tests.recorded_year import PORTFOLIOS, SESSIONS, TIMEOUT_S, Recorded, Row
+from tests.slow_fold import Dividend, Fold, Split, Worth, Year
 
-SPEED = os.environ.get("NAVSTREAM_YEAR_SPEED", "5")
-PORTFOLIOS = int(os.environ.get("NAVSTREAM_YEAR_PORTFOLIOS", "60"))
-SESSIONS = 266
-SETTLE_TIMEOUT_S = 240  # a machine that is behind gets there all the same
 # A step and a batch that are booked at once may bear each other's instants: market time runs fast here.
 SAME_TIME = timedelta(hours=6)
 
-Row = asyncpg.Record
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """All that the program has written down."""
-
-    ledger: dict[str, list[Row]]
-    snapshots: dict[tuple[str, datetime], Row]
-    portfolios: dict[str, Row]
-    applied_at: dict[tuple[int, str, str], datetime]
-    late_count: int
-
-
-async def read_recorded(url: str) -> Recorded:
-    connection = await asyncpg.connect(postgres_dsn(url))
-    try:
-        ledger: dict[str, list[Row]] = defaultdict(list)
-        for row in await connection.fetch("SELECT * FROM ledger_entry ORDER BY portfolio_id, sequence"):
-            ledger[row["portfolio_id"]].append(row)
-        snapshots = await connection.fetch("SELECT * FROM equity_snapshot")
-        portfolios = await connection.fetch("SELECT * FROM portfolio")
-        steps = await connection.fetch("SELECT * FROM shard_action")
-    finally:
-        await connection.close()
-    return Recorded(
-        ledger=dict(ledger),
-        snapshots={(row["portfolio_id"], row["at"]): row for row in snapshots},
-        portfolios={row["id"]: row for row in portfolios},
-        applied_at={(row["shard"], row["action_id"], row["step"]): row["applied_at"] for row in steps},
-        late_count=sum(row["late"] for row in steps),
-    )
-
-
-def wait_for_the_end(ready: ReadyFile) -> None:
-    """Until the recorded market is over and the ledger rests."""
-    plan = json.loads(ready.market_clock)
-    ends_at_s = plan["wall_start_ns"] / 1e9 + len(plan["days"]) * 1_000 / plan["speed_milli"]
-    time.sleep(max(0, ends_at_s - time.time()))
-    deadline_s, seen = time.monotonic() + SETTLE_TIMEOUT_S, (0, 0)
-    while True:
-        time.sleep(2)
-        now = asyncio.run(counts(ready.postgres_url))
-        if now == seen:
-            return
-        assert time.monotonic() < deadline_s, f"the market is over and the ledger goes on: {seen} {now}"
-        seen = now
-
-
-async def counts(url: str) -> tuple[int, int]:
-    connection = await asyncpg.connect(postgres_dsn(url))
-    try:
-        return (
-            await connection.fetchval("SELECT count(*) FROM ledger_entry"),
-            await connection.fetchval("SELECT count(*) FROM equity_snapshot"),
-        )
-    finally:
-        await connection.close()
-
-
-@pytest.fixture(scope="module")
-def year() -> Year:
-    if not RECORDING.exists():
-        pytest.skip(f"the recorded year is not at {RECORDING.name}'s usual place")
-    return read_year(RECORDING)
-
-
-@pytest.fixture(scope="module")
-def recorded(year: Year, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
-    """The program's record of the year; while it still runs, it is asked to check itself."""
-    directory = tmp_path_factory.mktemp("year")
-    with system(directory, "demo", "--replay", f"{RECORDING}@{SPEED}", "--portfolios", str(PORTFOLIOS)) as (_, ready):
-        wait_for_the_end(ready)
-        file = str(directory / "ready.json")
-        verified = navstream("ledger", "verify", "--ready-file", file)
-        reconciled = navstream("reconcile", "--ready-file", file)
-        found = asyncio.run(read_recorded(ready.postgres_url))
-    assert verified.returncode == 0, verified.stdout + verified.stderr
-    assert reconciled.returncode == 0, reconciled.stdout + reconciled.stderr
-    assert reconciled.stdout.startswith(f"{PORTFOLIOS} portfolios")
-    yield found
-
-
-pytestmark = pytest.mark.timeout(360 + int(SESSIONS / float(SPEED)))
+pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
 
 def test_the_file_is_the_year_that_it_is_said_to_be(year: Year) -> None:
