@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -14,6 +15,8 @@ import pytest_asyncio
 
 from engine.amounts import from_micro, plain
 from engine.assets import Asset, AssetClass
+from engine.stores import redis_keys
+from engine.stores.assets_postgres import upsert_assets
 from tests.builders import MICRO, MarkRow
 from tests.gateway import Gateway
 from tests.scripted_ledger import Moment, ScriptedLedger
@@ -222,6 +225,29 @@ async def test_contribution_sums_to_the_ranges_profit(gateway: Gateway, life: Li
     assert all(row["asset"]["symbol"] == row["key"] for row in contribution["byAsset"][:-1])
     explained = await ask(gateway, life, life.moments[0].at - HOUR)
     assert by_asset == {row["asset"] and row["asset"]["symbol"]: Decimal(row["pnl"]) for row in explained["rows"]}
+
+
+async def test_contribution_is_by_the_classification_in_force_at_its_end(
+    gateway: Gateway, life: Life, shard: int
+) -> None:
+    """Without a mark that is the last snapshot, with one it is now."""
+    query = """query($id: String!) { portfolio(portfolioId: $id) { performance(range: ALL) { contribution {
+        reason bySector { key } byAssetClass { key } } } } }"""
+    then = Asset(f"{life.portfolio_id}.A", "A", AssetClass.EQUITY, "Then", "")
+    await gateway.ledger.assets([then])
+    now = replace(then, asset_class=AssetClass.CRYPTO, sector="Now")
+    await upsert_assets(gateway.ledger.pool, [now], datetime.now(UTC))
+    await gateway.application.services.assets.refresh()
+    for marked, asset in ((False, then), (True, now)):
+        if marked:
+            await live(gateway, shard, life)
+        else:
+            await gateway.redis.redis.delete(redis_keys.marks(shard, 1))
+        answer = await gateway.ask(query, {"id": life.portfolio_id})
+        contribution = answer["portfolio"]["performance"]["contribution"]
+        assert contribution["reason"] is None
+        assert {row["key"] for row in contribution["bySector"]} == {asset.sector, "UNCLASSIFIED", None}
+        assert {row["key"] for row in contribution["byAssetClass"]} == {asset.asset_class.value, "UNCLASSIFIED", None}
 
 
 async def test_contribution_of_a_range_within_its_life(gateway: Gateway, life: Life, shard: int) -> None:
