@@ -32,7 +32,7 @@ from resolvers.nav import not_ready
 from resolvers.pages import read_sequence_cursor, write_cursor
 from resolvers.streams import StreamKind, kind_of, make_pace
 
-BADGE_POLL_INTERVAL_S = 2
+BADGE_POLL_INTERVAL_S = 15
 EVENT_BATCH_COUNT_MAX = 200
 FIGURE_DECIMALS = 10
 

@@ -7,12 +7,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+import pytest
 import pytest_asyncio
 
 from engine.badges import Evidence, Predicate, badge_message_encoder, load_rules
 from engine.sectors import SectorValue
 from engine.stores import redis_keys
 from engine.stores.badges_postgres import sync_rules
+from resolvers import badges
 from tests.builders import MICRO, MarkRow
 from tests.gateway import Gateway, Stream, gateway_of
 
@@ -104,7 +106,10 @@ async def test_an_event_comes_at_once_with_its_evidence(gateway: Gateway, portfo
             await asyncio.sleep(0.01)
 
 
-async def test_poll_finds_what_redis_did_not_tell(gateway: Gateway, portfolio_id: str) -> None:
+async def test_poll_finds_what_redis_did_not_tell(
+    gateway: Gateway, portfolio_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(badges, "BADGE_POLL_INTERVAL_S", 1)
     async with gateway.socket() as socket:
         stream = await socket.subscribe(EVENTS, {"id": portfolio_id})
         await gateway.watches(1)

@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 import pytest
 
+from engine.assets import Asset, AssetClass
 from engine.corporate_actions import CorporateAction, DividendAction, SplitAction, encode_action, opens_at
 from engine.marks import Mark, MarkQuality
 from engine.positions import hot_position_decoder
@@ -36,6 +37,7 @@ from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings
 from engine.sectors import sector_value_decoder
 from engine.stores import redis_keys
+from engine.stores.assets_postgres import upsert_assets
 from tests.bookkeeping import MARK_FIELDS, cash, dividend, fill, opening, reversal, split
 from tests.oracle import Oracle
 from tests.running_system import System, connected, eventually, read_all
@@ -238,10 +240,12 @@ async def system(redis_db: str, fresh_database: str, kafka_bootstrap: str, topic
         lease_renewal_interval_ms=200,
     )
     async with connected(settings) as one:
-        await one.pool.executemany(
-            "INSERT INTO asset VALUES ($1, $1, 'EQUITY', $2, '')",
-            [(symbol, sector) for symbol, sector in SECTORS.items() if sector != "UNCLASSIFIED"],
-        )
+        classified = [
+            Asset(symbol, symbol, AssetClass.EQUITY, sector, "")
+            for symbol, sector in SECTORS.items()
+            if sector != "UNCLASSIFIED"
+        ]
+        await upsert_assets(one.pool, classified, datetime.now(UTC))
         yield one
 
 
