@@ -31,6 +31,8 @@ from numpy.typing import NDArray
 from engine.amounts import from_micro, plain, ratio, to_micro
 from engine.badges import (
     BOOKED,
+    EVIDENCE_PRICES_MAX,
+    EVIDENCE_SECTORS_MAX,
     BadgeState,
     Evidence,
     Facts,
@@ -187,7 +189,7 @@ class BadgeBook:
 
     def _rich(self, portfolio_id: str, known: _Known, book: Book, at: datetime) -> list[Proof]:
         nav, sequence = book.nav(portfolio_id), int(book.ledger_sequence[known.slot])
-        prices = {symbol: _text(book.price(symbol)) for symbol, _ in book.values(portfolio_id)}
+        prices = _bounded({symbol: _text(book.price(symbol)) for symbol, _ in book.values(portfolio_id)})
         return [
             Proof(
                 portfolio_id,
@@ -364,11 +366,17 @@ class _Sectors:
             event_id=event_id,
             ledger_sequence=ledger_sequence,
             sectors=sector_evidence(self.sums),
-            prices={
-                symbol: _text(prices[symbol] if symbol in prices else book.price(symbol))
-                for symbol in sorted(self.values)
-            },
+            prices=_bounded(
+                {
+                    symbol: _text(prices[symbol] if symbol in prices else book.price(symbol))
+                    for symbol in sorted(self.values)
+                }
+            ),
         )
+
+
+def _bounded(prices: dict[str, str | None]) -> dict[str, str | None] | None:
+    return prices if len(prices) <= EVIDENCE_PRICES_MAX else None
 
 
 def sector_evidence(sums: Mapping[str, SectorValue]) -> list[SectorEvidence]:
@@ -381,7 +389,7 @@ def sector_evidence(sums: Mapping[str, SectorValue]) -> list[SectorEvidence]:
             gross=plain(from_micro(held.gross)),
             weight=plain(ratio(held.gross, whole) or Decimal(0)),
         )
-        for sector, held in sorted(sums.items(), key=lambda item: (-item[1].gross, item[0]))
+        for sector, held in sorted(sums.items(), key=lambda item: (-item[1].gross, item[0]))[:EVIDENCE_SECTORS_MAX]
         if held.gross
     ]
 

@@ -31,7 +31,18 @@ from enum import StrEnum
 from engine.amounts import AmountError, from_micro, plain
 from engine.assets import UNCLASSIFIED
 from engine.badge_book import sector_evidence
-from engine.badges import DAILY, BadgeEventKind, Evidence, Facts, Predicate, Rule, figure, is_met, sectors_above
+from engine.badges import (
+    DAILY,
+    EVIDENCE_PRICES_MAX,
+    BadgeEventKind,
+    Evidence,
+    Facts,
+    Predicate,
+    Rule,
+    figure,
+    is_met,
+    sectors_above,
+)
 from engine.ledger import LedgerEntry
 from engine.portfolio import ClosedPosition, LedgerMismatch, Portfolio
 from engine.positions import carried_value
@@ -220,8 +231,10 @@ class ProofCheck:
                     return f"{evidence.symbol} is not held since {evidence.opened_at}"
                 facts = Facts(held_since=since)
             case Predicate.SECTORS:
-                return self._check_sectors(event, rule)
+                return self._check_sectors(event, rule, entry)
             case _:
+                if evidence.prices is None and len(self.portfolio.positions) > EVIDENCE_PRICES_MAX:
+                    return ""
                 nav = self._nav(evidence)
                 if nav is None or evidence.nav is None or Decimal(evidence.nav) != from_micro(nav):
                     return f"NAV is {None if nav is None else plain(from_micro(nav))}, not {evidence.nav}"
@@ -234,8 +247,13 @@ class ProofCheck:
         position = self.portfolio.positions.get(evidence.symbol or "")
         return None if position is None else position.opened_at
 
-    def _check_sectors(self, event: ToldEvent, rule: Rule) -> str:
+    def _check_sectors(self, event: ToldEvent, rule: Rule, entry: LedgerEntry) -> str:
         evidence = event.evidence
+        # A reclassification proves without an entry.
+        if evidence.event_id is not None and (evidence.event_id, event.at) != (entry.event_id, entry.recorded_at):
+            return f"entry {entry.sequence} is of another event or instant"
+        if evidence.prices is None and len(self.portfolio.positions) > EVIDENCE_PRICES_MAX:
+            return ""
         if (evidence.prices or {}).keys() != self.portfolio.positions.keys():
             return "its prices are not those of the positions held"
         # By what the evaluator may have known then.

@@ -42,6 +42,9 @@ from engine.amounts import DECIMALS_MAX, EXACT, MAGNITUDE_MAX, MICRO_DIGITS, fro
 from engine.assets import UNCLASSIFIED
 from engine.sectors import SectorValue
 
+# A portfolio of more positions has evidence without prices: what proves one badge must never be too large to be told.
+EVIDENCE_PRICES_MAX = 1_000
+EVIDENCE_SECTORS_MAX = 100  # the largest ones
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _ZERO = Decimal(0)
 
@@ -106,7 +109,8 @@ class SectorEvidence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an event rests on, so that anybody can compute it again. Decimals are plain text; a price of None stands for
-    a position carried at its cost. `event_id` is the portfolio event (or entry) that it was proved with."""
+    a position carried at its cost; without `prices` there were more than EVIDENCE_PRICES_MAX positions, and it can not
+    be computed again. `event_id` is the portfolio event (or entry) that it was proved with."""
 
     figure: str
     threshold: str

@@ -148,6 +148,7 @@ async def create_webhook(info: Info, input: CreateWebhookInput) -> CreatedWebhoo
 async def update_webhook(info: Info, input: UpdateWebhookInput) -> Webhook:
     context = info.context
     access = context.require(SCOPE_WEBHOOKS_WRITE)
+    _check_id(input.webhook_id)
     webhooks = context.services.webhooks
     changed = await webhooks.find(access.subject, input.webhook_id)
     if changed is None:
@@ -173,6 +174,7 @@ async def update_webhook(info: Info, input: UpdateWebhookInput) -> Webhook:
 
 async def delete_webhook(info: Info, webhook_id: str) -> str:
     access = info.context.require(SCOPE_WEBHOOKS_WRITE)
+    _check_id(webhook_id)
     if not await info.context.services.webhooks.delete(access.subject, webhook_id):
         raise not_found("webhook")
     return webhook_id
@@ -180,6 +182,7 @@ async def delete_webhook(info: Info, webhook_id: str) -> str:
 
 async def rotate_webhook_secret(info: Info, webhook_id: str, overlap_s: int | None = None) -> RotatedSecret:
     access = info.context.require(SCOPE_WEBHOOKS_WRITE)
+    _check_id(webhook_id)
     services = info.context.services
     overlap_s = services.settings.webhook_rotation_overlap_s if overlap_s is None else overlap_s
     if not 0 <= overlap_s <= ROTATION_OVERLAP_MAX_S:
@@ -192,6 +195,7 @@ async def rotate_webhook_secret(info: Info, webhook_id: str, overlap_s: int | No
 
 async def send_test_webhook(info: Info, webhook_id: str) -> WebhookDelivery:
     access = info.context.require(SCOPE_WEBHOOKS_WRITE)
+    _check_id(webhook_id)
     services = info.context.services
     settings = services.settings
     try:
@@ -214,9 +218,17 @@ async def load_webhooks(context: Context, first: int, after: str | None) -> Conn
     return connection(rows, first, after, lambda row: write_cursor("webhooks", row.webhook_id), _show)
 
 
+def _check_id(webhook_id: str) -> None:
+    """PostgreSQL refuses to even compare a text with NUL. Raises PublicError NOT_FOUND."""
+    if "\0" in webhook_id:
+        raise not_found("webhook")
+
+
 def _check_told(kinds: list[WebhookKind] | object, portfolio_ids: object) -> None:
     if not kinds:
         raise PublicError(ErrorCode.NO_KINDS, "a webhook is told of at least one kind")
+    if isinstance(portfolio_ids, list) and any("\0" in name for name in portfolio_ids):
+        raise not_found("portfolio")
     if isinstance(portfolio_ids, list) and not 1 <= len(portfolio_ids) <= PORTFOLIOS_COUNT_MAX:
         raise PublicError(ErrorCode.TOO_MANY_PORTFOLIOS, f"portfolioIds names 1 to {PORTFOLIOS_COUNT_MAX}, or is null")
 

@@ -26,6 +26,7 @@ import msgspec
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import ConsumerRecord
 from redis.asyncio import Redis
 
@@ -40,6 +41,7 @@ from engine.stores.badge_awards import BadMessageError, read_message
 from engine.stores.outbox import REPRODUCE_AFTER_S, OutboxRow
 from engine.stores.sole_worker import alone
 from engine.stores.webhooks_postgres import enqueue, record_threshold
+from engine.thresholds import threshold_message_decoder
 from workers.daily_badges import DailyBadges
 from workers.dead_letters import bury
 from workers.lifecycle import run_together
@@ -111,9 +113,16 @@ class Relay:
 
     async def _send(self, row: OutboxRow) -> Awaitable[object]:
         headers = [(EVENT_ID_HEADER, row.event_id.encode())]
-        answer: Awaitable[object] = await self._producer.send(
-            row.topic, row.payload, key=row.key.encode(), headers=headers
-        )
+        try:
+            answer: Awaitable[object] = await self._producer.send(
+                row.topic, row.payload, key=row.key.encode(), headers=headers
+            )
+        except MessageSizeTooLargeError as error:
+            # Evidence is bounded, so nothing is. One that is all the same must not hold up the others; it stays where
+            # it can be found, and is tried again with what nobody has consumed.
+            telemetry.OUTBOX_TOO_LARGE.inc()
+            _log.error("outbox_message_too_large", event_id=row.event_id, reason=str(error))
+            return asyncio.sleep(0)
         return answer
 
 
@@ -231,17 +240,20 @@ class Consumer:
         return {message.portfolio_id for message in judged.booked}
 
     async def _book_crossings(self, batch: Batch) -> list[str]:
-        booked = []
+        """Have webhooks told of crossings that an evaluator wrote and nobody has booked; others change nothing."""
+        crossings = {}
         for partition, record in batch.crossings:
-            value = record.value or b""
             try:
-                # PostgreSQL takes no text with NUL, however it is written.
-                if b"\\u0000" in value:
-                    raise msgspec.ValidationError("a name contains NUL")
-                booked.append(await record_threshold(self._connection, value, self._webhooks_waiting_max))
-            except msgspec.MsgspecError as error:
+                crossing = threshold_message_decoder.decode(record.value or b"")
+                if "\0" in crossing.event_id:
+                    raise msgspec.ValidationError("the event's id contains NUL")
+                crossings[crossing.event_id] = bytes(record.value)
+            except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
                 batch.bury(partition, record, "MALFORMED", str(error))
-        return booked
+        proved = await outbox.still_waiting(self._connection, list(crossings))
+        for event_id in proved:
+            await record_threshold(self._connection, crossings[event_id], self._webhooks_waiting_max)
+        return sorted(proved)
 
     async def _move(self, fetched: Fetched) -> None:
         places = [(self._logs[of.topic], of.partition, records[-1].offset + 1) for of, records in fetched.items()]

@@ -175,9 +175,10 @@ class Courier:
         room = self._settings.webhook_deliveries_count_max - len(self._under_way)
         if room <= 0:
             return 0
-        busy = set(self._under_way.values())
-        endpoint_max = self._settings.webhook_endpoint_deliveries_count_max
-        taken = await self._deliveries.take(room, endpoint_max, busy, self._lease_s)
+        settings, busy = self._settings, self._under_way.values()
+        endpoint_max = settings.webhook_endpoint_deliveries_count_max
+        owner_max = settings.webhook_owner_deliveries_count_max
+        taken = await self._deliveries.take(room, endpoint_max, owner_max, busy, self._lease_s)
         for one in taken:
             task = asyncio.create_task(self._deliver(one))
             self._under_way[task] = one.webhook_id

@@ -124,6 +124,8 @@ class Settings(BaseSettings):
     webhook_deliveries_count_max: int = Field(default=32, ge=1, le=1_000)
     # One endpoint that hangs takes no more than these of them.
     webhook_endpoint_deliveries_count_max: int = Field(default=4, ge=1)
+    # One owner whose endpoints all hang takes no more than these.
+    webhook_owner_deliveries_count_max: int = Field(default=8, ge=1)
     # From the look-up of the name to the answer's headers.
     webhook_timeout_s: int = Field(default=10, ge=1, le=30)
     # What waits for one endpoint; more is dropped and counted. An endpoint that is away for a day makes no more rows.

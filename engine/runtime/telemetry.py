@@ -64,6 +64,7 @@ REPAIRS = Counter("navstream_repairs_total", "Shards that were let go to be publ
 OLDEST_CHECK_AGE = Gauge("navstream_oldest_check_age_seconds", "Age of the check that is longest ago")
 BADGES_PROVED = Counter("navstream_badges_proved_total", "Badge events that this evaluator proved", ["badge", "kind"])
 OUTBOX_PRODUCED = Counter("navstream_outbox_produced_total", "Messages that Kafka has acknowledged", ["topic"])
+OUTBOX_TOO_LARGE = Counter("navstream_outbox_too_large_total", "Attempts to produce what Kafka takes for too large")
 OUTBOX_WAITING = Gauge("navstream_outbox_waiting", "Messages proved and not booked by their consumer yet")
 BADGE_MESSAGES = Counter(
     "navstream_badge_messages_total", "Messages of the badges worker's topics, by outcome", ["outcome"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
+import msgspec
+
 from engine.badge_proofs import (
     BadgeFault,
     Classification,
@@ -94,7 +96,12 @@ class BadgeVerification:
         after = ""
         while rows := await self._connection.fetch(_PORTFOLIOS, after, PORTFOLIOS_AT_ONCE):
             for name, base_currency in rows:
-                await self._verify_portfolio(name, base_currency, now)
+                try:
+                    await self._verify_portfolio(name, base_currency, now)
+                except (msgspec.MsgspecError, ValueError, ArithmeticError) as error:
+                    # Somebody has written what this program never writes.
+                    self.verified.faults_count += 1
+                    self._report(BadgeFault(name, "", 0, FaultKind.WRONG, f"can not be read: {error!r}"))
                 progress(self.verified)
             after = rows[-1][0]
         return self.verified

@@ -21,13 +21,20 @@ from engine.webhooks import AttemptError, DeliveryStatus
 PRUNE_COUNT_MAX = 1_000  # rows of one statement; bounds its locks
 DELETED_THRESHOLDS_KEPT = timedelta(days=1)  # longer than any evaluator takes to see that one is gone
 
-# Of every endpoint that nothing is under way to, the oldest due ones; of all these the oldest.
+# Of every endpoint that nothing is under way to, the oldest due ones; of each owner not more than its share, counting
+# what is under way; of all these first the first of every owner, so that nobody's backlog holds up the others.
 _TAKE = """
-    WITH due AS MATERIALIZED (
-        SELECT d.id FROM webhook AS w CROSS JOIN LATERAL (
-            SELECT id, due_at FROM webhook_delivery
-            WHERE webhook_id = w.id AND status = 'PENDING' AND due_at <= now() ORDER BY due_at LIMIT $2
-        ) AS d WHERE w.active AND w.id <> ALL($3::text[]) ORDER BY d.due_at LIMIT $1
+    WITH busy AS MATERIALIZED (
+        SELECT owner, count(*) AS count FROM unnest($3::text[]) AS under_way (id) JOIN webhook USING (id) GROUP BY owner
+    ), due AS MATERIALIZED (
+        SELECT id FROM (
+            SELECT d.id, d.due_at, coalesce(busy.count, 0)
+                + row_number() OVER (PARTITION BY w.owner ORDER BY d.due_at) AS place
+            FROM webhook AS w LEFT JOIN busy USING (owner) CROSS JOIN LATERAL (
+                SELECT id, due_at FROM webhook_delivery
+                WHERE webhook_id = w.id AND status = 'PENDING' AND due_at <= now() ORDER BY due_at LIMIT $2
+            ) AS d WHERE w.active AND w.id <> ALL($3::text[])
+        ) AS ranked WHERE place <= $5 ORDER BY place, due_at LIMIT $1
     ), taken AS MATERIALIZED (
         SELECT id FROM webhook_delivery WHERE id IN (SELECT id FROM due) AND status = 'PENDING' AND due_at <= now()
         FOR UPDATE SKIP LOCKED
@@ -94,10 +101,11 @@ class WebhookDeliveries:
         self._pool = pool
 
     async def take(
-        self, count_max: int, endpoint_count_max: int, busy: Iterable[str], lease_s: int
+        self, count_max: int, endpoint_count_max: int, owner_count_max: int, busy: Iterable[str], lease_s: int
     ) -> Sequence[TakenDelivery]:
-        """Take at most `count_max` due deliveries for `lease_s`, of each webhook that is not `busy` so many."""
-        rows = await self._pool.fetch(_TAKE, count_max, endpoint_count_max, list(busy), lease_s)
+        """Take at most `count_max` due deliveries for `lease_s`: of each webhook that is not `busy`, and of each owner,
+        so many. `busy` names a webhook once for each delivery that is under way to it."""
+        rows = await self._pool.fetch(_TAKE, count_max, endpoint_count_max, list(busy), lease_s, owner_count_max)
         return [TakenDelivery(*row) for row in rows]
 
     async def settle(self, taken: TakenDelivery, outcome: AttemptOutcome, retry_at: datetime | None) -> DeliveryStatus:

@@ -16,12 +16,25 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine.badge_book import BadgeBook, OldestPosition
-from engine.badges import BadgeState, Predicate, Proof, Rarity, Rule
+from engine.badge_book import BadgeBook, OldestPosition, _Sectors
+from engine.badges import (
+    EVIDENCE_PRICES_MAX,
+    BadgeEventKind,
+    BadgeState,
+    Predicate,
+    Proof,
+    Rarity,
+    Rule,
+    Transition,
+    badge_message_encoder,
+    load_rules,
+)
+from engine.book import Book
 from engine.booking import Batch, Booked, DueStep, Record, StepPrices, book_step
 from engine.corporate_actions import Step
+from engine.portfolio import Position
 from tests.badge_scan import Moment, Prices, Wanted, scan
-from tests.bookkeeping import SECTORS, Bookkeeping, cash, fill, opening, reversal
+from tests.bookkeeping import AT, SECTORS, Bookkeeping, cash, fill, opening, reversal
 
 NAMES = ("a", "bb", "p-3", "p-4")
 SYMBOLS = ("AAPL", "XOM", "BTC", "DUST", "MYSTERY")  # the last one has no sector, and no price at first
@@ -264,3 +277,19 @@ TestBadges.settings = settings(max_examples=120, stateful_step_count=40, deadlin
 
 def text(at: datetime) -> str:
     return at.isoformat().replace("+00:00", "Z")
+
+
+def test_evidence_is_never_too_large_to_be_told() -> None:
+    """A portfolio of thousands of positions in as many sectors, all with names as long as can be."""
+    of = next(one for one in load_rules() if one.predicate is Predicate.SECTORS)
+    transition = Transition(of, BadgeEventKind.UNLOCKED, Decimal(5), BadgeState(True, 1), AT)
+    sizes = []
+    for count in (EVIDENCE_PRICES_MAX, EVIDENCE_PRICES_MAX + 1, 10_000):
+        names = [f"{n:064}" for n in range(count)]
+        held = _Sectors(lambda symbol: "sector " + symbol)
+        for name in names:
+            held.move(name, Position(Decimal(1), 1, 0, 0, AT, 1), Decimal("999999.999999"))
+        evidence = held.evidence(transition, Book(), dict.fromkeys(names, Decimal("999999.999999")), "e", 1)
+        assert (evidence.prices is None) is (count > EVIDENCE_PRICES_MAX)
+        sizes.append(len(badge_message_encoder.encode(Proof("p", transition, evidence).message)))
+    assert max(sizes) < 200_000

@@ -203,7 +203,7 @@ async def test_the_delivery_log(gateway: Gateway, token: str, own: str) -> None:
         await enqueue(connection, [("e1", own, "UNLOCKED", b"{}"), ("e2", own, "UNLOCKED", b"{}")])
     deliveries = WebhookDeliveries(pool)
     busy = [row[0] for row in await pool.fetch("SELECT id FROM webhook WHERE id <> $1", webhook)]
-    for taken in await deliveries.take(10, 10, busy, 30):
+    for taken in await deliveries.take(10, 10, 10, busy, 30):
         failed = AttemptOutcome(5, 503, AttemptError.STATUS)
         await deliveries.settle(taken, AttemptOutcome(3, 200, None) if b'"e1"' in taken.body else failed, None)
     (edge,) = (await gateway.ask(LOG, {}, token))["viewer"]["webhooks"]["edges"]

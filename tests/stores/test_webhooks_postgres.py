@@ -60,7 +60,7 @@ async def bodies(pool: asyncpg.Pool) -> list[dict[str, Any]]:
 
 
 async def take(pool: asyncpg.Pool, count: int = 10, of_each: int = 10, lease_s: int = 30) -> list[TakenDelivery]:
-    return list(await WebhookDeliveries(pool).take(count, of_each, (), lease_s))
+    return list(await WebhookDeliveries(pool).take(count, of_each, 100, (), lease_s))
 
 
 # -- who is told -------------------------------------------------------------------------------------------------
@@ -253,8 +253,21 @@ async def test_no_endpoint_takes_all_the_room(pool: asyncpg.Pool) -> None:
     await tell(pool, *((f"e{n}", "a-1", "UNLOCKED") for n in range(9)), ("e", "b-1", "UNLOCKED"))
     taken = await take(pool, 8, 2)
     assert [one.webhook_id == webhook.webhook_id for one in taken].count(True) == 2 and len(taken) == 3
-    assert await WebhookDeliveries(pool).take(8, 2, [webhook.webhook_id], 30) == []
+    assert await WebhookDeliveries(pool).take(8, 2, 8, [webhook.webhook_id], 30) == []
     assert len(await take(pool, 8, 2)) == 2
+
+
+async def test_no_owner_takes_all_the_room_and_nobody_waits_for_anothers_backlog(pool: asyncpg.Pool) -> None:
+    """Also not one with many endpoints; what is under way to them counts."""
+    many = [(await create(pool))[0] for _ in range(4)]
+    await create(pool, "bob")
+    await tell(pool, *((f"e{n}", "a-1", "UNLOCKED") for n in range(9)), ("e", "b-1", "UNLOCKED"))
+    deliveries = WebhookDeliveries(pool)
+    first = await deliveries.take(2, 4, 3, (), 30)
+    assert {one.webhook_id in {of.webhook_id for of in many} for one in first} == {True, False}
+    under_way = [one.webhook_id for one in first if one.webhook_id in {of.webhook_id for of in many}]
+    assert len(await deliveries.take(20, 4, 3, under_way, 30)) == 2
+    assert await deliveries.take(20, 4, 3, [many[0].webhook_id] * 3, 30) == []
 
 
 async def test_the_log_has_every_attempt(pool: asyncpg.Pool) -> None:

@@ -29,7 +29,9 @@ from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings
 from engine.stores import badge_awards, outbox, redis_keys, sole_worker
 from engine.stores.outbox import Connection, OutboxRow
+from engine.stores.webhooks_postgres import Webhooks
 from engine.thresholds import ThresholdMessage, encode_threshold_message
+from engine.webhooks import WebhookKind
 from tests.builders import LedgerBuilder
 from tests.running_system import until_answered
 from tests.topics import read_topic
@@ -341,13 +343,59 @@ async def test_a_crossing_leaves_the_outbox_and_a_bad_one_too(proofs: Proofs) ->
         at=AT,
         ledger_sequence=1,
     )
+    bad = [b"{}", b'{"event_id":"\xff"}', b"[" * 2_000]
     async with working(proofs.settings):
         topic = proofs.settings.threshold_topic
         await proofs.put(crossing.event_id, encode_threshold_message(crossing), name, topic=topic)
-        await proofs.put(f"bad-{name}", b"{}", name, topic=topic)
+        for number, payload in enumerate(bad):
+            await proofs.put(f"bad-{name}-{number}", payload, name, topic=topic)
         await until_answered(proofs.delivered)
-    (letter,) = await read_topic(proofs.settings.kafka_bootstrap, f"{topic}.dlq", 1)
-    assert letter.value == b"{}"
+    letters = await read_topic(proofs.settings.kafka_bootstrap, f"{topic}.dlq", len(bad))
+    assert {letter.value for letter in letters} == set(bad)
+
+
+async def test_a_crossing_that_no_evaluator_wrote_is_told_to_nobody(proofs: Proofs) -> None:
+    """Nor does one stop the others that is longer than anything."""
+    name = await proofs.portfolio()
+    await Webhooks(lambda: proofs.pool).create(
+        "ann", url="https://example.com/", kinds=list(WebhookKind), portfolio_ids=None, count_max=5
+    )
+    producer = AIOKafkaProducer(bootstrap_servers=proofs.settings.kafka_bootstrap)
+    await producer.start()
+    async with working(proofs.settings):
+        for event_id in ("forged#1", "x" * 16_000):
+            forged = ThresholdMessage(
+                event_id=event_id,
+                threshold_id="forged",
+                portfolio_id=name,
+                figure="NAV",
+                side="ABOVE",
+                bound="1",
+                hysteresis="0",
+                value="2",
+                at=AT,
+                ledger_sequence=1,
+            )
+            payload = encode_threshold_message(forged)
+            await producer.send_and_wait(proofs.settings.threshold_topic, payload, key=name.encode())
+        await proofs.prove(message(name))
+        await until_answered(proofs.delivered)
+    await producer.stop()
+    assert await proofs.awards(name) == [("first_fill", True)]
+    assert await proofs.pool.fetchval("SELECT count(*) FROM webhook_delivery WHERE event_id LIKE 'forged%'") == 0
+
+
+async def test_one_message_that_kafka_takes_for_too_large_holds_up_no_other(proofs: Proofs) -> None:
+    name = await proofs.portfolio()
+    await proofs.put(f"large-{name}", b"x" * 2_000_000, name)
+    await proofs.prove(message(name))
+    async with working(proofs.settings):
+
+        async def awarded() -> bool:
+            return bool(await proofs.awards(name))
+
+        await until_answered(awarded)
+    await proofs.pool.execute("DELETE FROM outbox WHERE event_id = $1", f"large-{name}")
 
 
 async def test_what_lies_in_the_topic_already_is_read_by_the_first_worker(proofs: Proofs) -> None:
