@@ -99,9 +99,9 @@ _MARK_STRUCT = struct.Struct("<18q")
 assert _MARK_STRUCT.size == MARK.itemsize and MARK.names is not None
 _RATIO_AT, _QUALITY_AT = MARK.names.index("day_pnl_ratio_e12"), MARK.names.index("quality")
 
-_HEADER = struct.Struct("<4sIqqqqq")
+_HEADER = struct.Struct("<4sIqqqqqqq")
 _GROUP = struct.Struct("<HHI")
-_MAGIC = b"NVM2"
+_MAGIC = b"NVM3"
 
 
 def decode_mark(data: bytes | memoryview, epoch: int) -> Mark:
@@ -117,7 +117,12 @@ def decode_mark(data: bytes | memoryview, epoch: int) -> Mark:
 
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
-    """`sequence` is the flush that made the frame; `previous_sequence` the one before it, so a gap shows."""
+    """`sequence` is the flush that made the frame; `previous_sequence` the one before it, so a gap shows.
+
+    `flushed_at_ns` and `oldest_event_ns` are the program's time, which may be a recorded market's: the instant of the
+    marks, and that of the oldest quote which moved them. `oldest_received_ns` and `sent_at_ns` are wall time: when the
+    quotes worker took that quote in, and when the frame was handed to Redis. 0 where there is none.
+    """
 
     shard: int
     epoch: int
@@ -125,6 +130,8 @@ class FrameHeader:
     previous_sequence: int
     flushed_at_ns: int
     oldest_event_ns: int
+    oldest_received_ns: int = 0
+    sent_at_ns: int = 0
 
 
 def frame_parts(header: FrameHeader, groups: Iterable[tuple[int, bytes, bytes]]) -> list[bytes]:
@@ -138,6 +145,8 @@ def frame_parts(header: FrameHeader, groups: Iterable[tuple[int, bytes, bytes]])
             header.previous_sequence,
             header.flushed_at_ns,
             header.oldest_event_ns,
+            header.oldest_received_ns,
+            header.sent_at_ns,
         )
     ]
     for id_length, ids, marks in groups:

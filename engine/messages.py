@@ -226,13 +226,15 @@ class QuoteFrame(msgspec.Struct, frozen=True, array_like=True):
 
     `sequence` grows by one per frame of one `publisher` (a process's random id); a gap means that frames were
     lost and `prices` is to be read again. An empty frame is a heartbeat. Time is settled up to `settled_ns`: a quote
-    stamped up to there that comes in a later frame is late, for everybody alike.
+    stamped up to there that comes in a later frame is late, for everybody alike. `received_ns` is the wall instant at
+    which the first of the frame's quotes was taken in; 0 when it has none.
     """
 
     publisher: str
     sequence: int
     settled_ns: int
     quotes: list[Quote]
+    received_ns: int = 0
 
 
 quote_frame_encoder = msgspec.msgpack.Encoder()

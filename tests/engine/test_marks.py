@@ -81,7 +81,7 @@ def test_a_frame_cut_short_is_refused_or_ends_between_groups(header: FrameHeader
 @given(st.binary(max_size=400), st.booleans())
 def test_any_bytes_are_a_frame_or_a_value_error(data: bytes, magic: bool) -> None:
     try:
-        list(decode_frame((b"NVM2" + data) if magic else data)[1])
+        list(decode_frame((b"NVM3" + data) if magic else data)[1])
     except ValueError:
         return
     assert magic

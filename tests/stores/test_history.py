@@ -89,7 +89,7 @@ async def test_a_frame_of_more_rows_than_one_transaction_takes(twin: Twin, monke
     assert await twin.snapshot(START, {}) == 0
 
 
-@pytest.mark.parametrize("data", [b"", b"NVM2", b"\0" * 48])
+@pytest.mark.parametrize("data", [b"", b"NVM3", b"\0" * 48])
 def test_what_is_no_frame_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="frame"):
         read_snapshot(data)
