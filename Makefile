@@ -9,7 +9,7 @@ NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --no-header
 
-.PHONY: setup demo test check bench lock graphiql clean
+.PHONY: setup demo test test-kafka check bench lock graphiql clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,20 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
+# The tests that need a real Apache Kafka, which Maven fetches. Where that can not be, they are passed over.
+KAFKA := .kafka
+
+test-kafka: setup
+	@mkdir -p $(KAFKA)
+	@if ! command -v java >/dev/null || ! command -v mvn >/dev/null; then \
+		echo "test-kafka is passed over: it needs java (17 or newer) and mvn on the path"; \
+	elif ! mvn -q -B -f tests/kafka/pom.xml dependency:copy-dependencies \
+			-DoutputDirectory="$(CURDIR)/$(KAFKA)/jars" >$(KAFKA)/mvn.log 2>&1; then \
+		echo "test-kafka is passed over: mvn could not fetch Apache Kafka, see $(KAFKA)/mvn.log"; \
+	else \
+		NAVSTREAM_TEST_KAFKA_JARS="$(CURDIR)/$(KAFKA)/jars" $(BIN)/python -m pytest tests/kafka $(ARGS); \
+	fi
+
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -57,5 +71,5 @@ graphiql: setup
 	@$(BIN)/python web/graphiql/fetch.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(KAFKA) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,8 @@ of its own).
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 import uuid
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -136,3 +138,11 @@ def redis_db(valkey_url: str) -> str:
 def topic(kafka_bootstrap: str) -> str:
     """A topic name that nothing has used; the broker makes the topic on first use, with 4 partitions."""
     return f"test-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def seed() -> int:
+    """What random input is made from; printed, so that a run can be repeated."""
+    seed = int(os.environ.get("NAVSTREAM_SIMULATION_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"NAVSTREAM_SIMULATION_SEED={seed}")
+    return seed
