@@ -23,24 +23,19 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import psutil
 import redis.asyncio
 import uvloop
-from aiokafka.partitioner import murmur2
 
 from api.auth import issue_token
 from benchmarks.report import Figure, Report
-from benchmarks.seed_load import fill_database, make_load, portfolio_id
+from benchmarks.running_seed import LOG_ID, SHARDS, cpu_s, prepare, servers, shard_of
+from benchmarks.seed_load import make_load, portfolio_id
 from benchmarks.subscribers import Tally, Task
 from engine.marks import MARK, FrameHeader
-from engine.runtime.connections import make_engine
-from engine.runtime.embedded import start_embedded
 from engine.runtime.embedded_start import free_port
 from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings
 from engine.stores.hot_state_redis import HotStateWriter
-from engine.stores.migrate import upgrade
-from engine.stores.shards_postgres import Shards
 
 SOCKETS = 500
 SUBSCRIPTIONS_PER_SOCKET = 4
@@ -48,8 +43,6 @@ SUBSCRIBERS_PER_PORTFOLIO = 50
 FRAMES_HZ = 10
 MEASURE_S = 6.0
 ROUNDS = 3
-SHARDS = 4
-LOG_ID = "bench"
 START_TIMEOUT_S = 60
 SUBSCRIBED_S = 2.0  # what was asked for takes a server so long to begin
 OTHERS = Path(__file__).parent / "others"
@@ -59,39 +52,29 @@ QUERY = """subscription Nav($id: String!) {
 
 
 def run() -> None:
-    with ChildProcesses() as children:
-        servers = start_embedded(children)
-        settings = Settings(
-            redis_url=servers.redis_url,
-            postgres_url=servers.postgres_url,
-            kafka_bootstrap=servers.kafka_bootstrap,
-            kafka_log_id=LOG_ID,
-            jwt_secret="benchmarks only, nothing is behind this",  # type: ignore[arg-type]
-            port=free_port(),
-            log_level="WARNING",
-        )
+    with servers() as (children, settings):
         uvloop.run(_run(children, settings))
 
 
 async def _run(children: ChildProcesses, settings: Settings) -> None:
     report, distinct = Report("delivery"), SOCKETS * SUBSCRIPTIONS_PER_SOCKET
-    shard_of = await _prepare(settings, distinct)
-    names = list(shard_of)
+    shards = await _prepare(settings, distinct)
+    names = list(shards)
     shared = [names[number % (distinct // SUBSCRIBERS_PER_PORTFOLIO)] for number in range(distinct)]
-    async with _marks(settings, shard_of) as flow:
-        servers = _servers(settings)
+    async with _marks(settings, shards) as flow:
+        commands = _commands()
         results: dict[tuple[str, str], list[Tally]] = {}
         cpus: dict[tuple[str, str], list[float]] = {}
         # All in turn, several times: what else the machine does then meets everybody.
         for _ in range(ROUNDS):
-            for name, argv in servers.items():
+            for name, argv in commands.items():
                 for load, watched in (("distinct", names), ("shared", shared)):
                     tally, cpu_s = await _serve(children, settings, name, argv, watched, flow)
                     assert not tally.failures, (name, tally.failures)
                     results.setdefault((name, load), []).append(tally)
                     cpus.setdefault((name, load), []).append(tally.deliveries / cpu_s)
         for load, at_least in (("distinct", 60_000), ("shared", 120_000)):
-            _report_load(report, load, at_least, list(servers), results, cpus)
+            _report_load(report, load, at_least, list(commands), results, cpus)
     alone = await _client_alone(children)
     report.add(Figure("load generator alone, messages per second", alone, "/s", note="one core, frames told apart"))
     report.finish()
@@ -117,20 +100,20 @@ def _report_load(
         report.add(Figure(f"{load}: {name}, deliveries per CPU-second", figure, "/s", at_least=target, note=note))
 
 
-def _servers(settings: Settings) -> dict[str, list[str]]:
-    """The command of each server; `{port}` is filled in."""
-    servers = {
+def _commands() -> dict[str, list[str]]:
+    """How each server is started; the others take port, Redis and shards as arguments."""
+    commands = {
         "navstream": [sys.executable, "-m", "navstream", "api"],
         "stock Strawberry": [sys.executable, "-m", "benchmarks.others.stock_strawberry"],
     }
     if shutil.which("node") and shutil.which("npm"):
         if not (OTHERS / "node_modules").exists():
             subprocess.run(["npm", "install", "--silent"], cwd=OTHERS, check=True)
-        servers["graphql-ws on Node"] = ["node", str(OTHERS / "graphql_ws.mjs")]
-        servers["mercurius with JIT"] = ["node", str(OTHERS / "mercurius.mjs")]
+        commands["graphql-ws on Node"] = ["node", str(OTHERS / "graphql_ws.mjs")]
+        commands["mercurius with JIT"] = ["node", str(OTHERS / "mercurius.mjs")]
     else:
         print("graphql-ws and mercurius are left out: they need node and npm")
-    return servers
+    return commands
 
 
 async def _serve(
@@ -191,13 +174,6 @@ async def count(task: Task, server_pid: int, flow: asyncio.Event) -> tuple[Tally
     return tally, used_s * tally.seconds / task.seconds
 
 
-def cpu_s(pid: int) -> float:
-    """CPU seconds of a process and its children so far."""
-    process = psutil.Process(pid)
-    family = [process, *process.children(recursive=True)]
-    return sum(times.user + times.system for times in (one.cpu_times() for one in family))
-
-
 async def _listens(port: int, server: subprocess.Popen[bytes]) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while True:
@@ -214,27 +190,21 @@ async def _listens(port: int, server: subprocess.Popen[bytes]) -> None:
 
 async def _prepare(settings: Settings, count: int) -> dict[str, int]:
     """The portfolios with their shards, in PostgreSQL."""
-    await upgrade(settings.postgres_url)
-    engine = make_engine(settings, "bench")
-    await Shards(engine, "bench", 1_000).ensure(SHARDS, LOG_ID)
-    await engine.dispose()
-    names = [portfolio_id(number) for number in range(count)]
-    shard_of = {name: (murmur2(name.encode()) & 0x7FFFFFFF) % SHARDS for name in names}
-    await fill_database(settings.postgres_url, make_load(count), shard_of)
-    return shard_of
+    await prepare(settings, make_load(count))
+    return {name: shard_of(name) for name in map(portfolio_id, range(count))}
 
 
 @asynccontextmanager
-async def _marks(settings: Settings, shard_of: dict[str, int]) -> AsyncIterator[asyncio.Event]:
+async def _marks(settings: Settings, shards: dict[str, int]) -> AsyncIterator[asyncio.Event]:
     """Every portfolio's mark changes FRAMES_HZ times a second while the event is set, written as an evaluator does."""
     flow = asyncio.Event()
     client = redis.asyncio.Redis.from_url(settings.redis_url, protocol=3)
     writer = HotStateWriter(client)
     slots: dict[int, list[int]] = {shard: [] for shard in range(SHARDS)}
-    for slot, (name, shard) in enumerate(shard_of.items()):
+    for slot, (name, shard) in enumerate(shards.items()):
         writer.layout.place(slot, name)
         slots[shard].append(slot)
-    marks = np.zeros(len(shard_of), MARK)
+    marks = np.zeros(len(shards), MARK)
     marks["cash"] = np.arange(len(marks)) * 1_000_003 + 250_000
     marks["positions_value"] = 10_000_000_000 + np.arange(len(marks)) * 777_777
     of_shard = {shard: np.array(of, np.int64) for shard, of in slots.items()}
