@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import badge_stream, badges, book, booking, delivery, history, hot_write, ledger, seed_system
+from benchmarks import badge_stream, badges, book, booking, curves, delivery, history, hot_write, ledger, seed_system
 
 BENCHMARKS = {
     "badge_stream": badge_stream.run,
     "badges": badges.run,
     "book": book.run,
     "booking": booking.run,
+    "curves": curves.run,
     "delivery": delivery.run,
     "history": history.run,
     "hot_write": hot_write.run,
