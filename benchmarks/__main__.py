@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import badge_stream, badges, book, booking, curves, delivery, history, hot_write, ledger, seed_system
+from benchmarks import (
+    badge_stream,
+    badges,
+    book,
+    booking,
+    curves,
+    delivery,
+    history,
+    hot_write,
+    ledger,
+    million,
+    seed_system,
+)
 
 BENCHMARKS = {
     "badge_stream": badge_stream.run,
@@ -16,6 +28,7 @@ BENCHMARKS = {
     "history": history.run,
     "hot_write": hot_write.run,
     "ledger": ledger.run,
+    "million": million.run,
     "seed_system": seed_system.run,
 }
 

@@ -27,6 +27,7 @@ POSITIONS_COUNT = 15
 ASSETS_COUNT = 500
 ZIPF_EXPONENT = 0.8
 SEED = 20_261_122
+PORTFOLIOS_AT_ONCE = 50_000  # 200 MB of races
 OPENED_AT = datetime(2026, 11, 1, tzinfo=UTC)
 DEPOSIT = "10000000"
 ASSET_COLUMNS = ["symbol", "name", "asset_class", "sector", "industry"]
@@ -57,9 +58,12 @@ _ACCOUNT = Account(0, 0, 0, 0, 0, 0, 0, 0, 1, DayBase(0, 1.0, 0))
 def make_load(portfolios_count: int = PORTFOLIOS_COUNT) -> Load:
     random = np.random.default_rng(SEED)
     popularity = 1.0 / np.arange(1, ASSETS_COUNT + 1) ** ZIPF_EXPONENT
-    # Exponential races choose without replacement, in proportion to popularity, for all portfolios at once.
-    races = random.exponential(size=(portfolios_count, ASSETS_COUNT)) / popularity
-    held = np.argpartition(races, POSITIONS_COUNT, axis=1)[:, :POSITIONS_COUNT]
+    # Exponential races choose without replacement, in proportion to popularity, for many portfolios at once.
+    chosen = []
+    for first in range(0, portfolios_count, PORTFOLIOS_AT_ONCE):
+        races = random.exponential(size=(min(PORTFOLIOS_AT_ONCE, portfolios_count - first), ASSETS_COUNT)) / popularity
+        chosen.append(np.argpartition(races, POSITIONS_COUNT, axis=1)[:, :POSITIONS_COUNT])
+    held = np.concatenate(chosen)
     quantities = random.integers(1, 500, size=held.shape)
     cents = random.integers(500, 50_000, size=ASSETS_COUNT)
     return Load(held, quantities, [Decimal(int(cent)) / 100 for cent in cents])
