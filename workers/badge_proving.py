@@ -2,15 +2,18 @@
 
     booking    `prover` follows a batch in its transaction, `booked` takes in what it proved once it is committed
     flush      `look` compares the NAVs of the changed rows and keeps what was found
-    events     `prove_due`, between batches: writes what flushes found, and looks at positions that are due
+    events     `prove_due`, between batches: writes what flushes found, and looks at positions that are due, and at
+               the holders of assets that have come to another sector
 
 Memory follows the ledger: after a failure of which nobody knows whether it was committed, the same is written again,
 and counts once. What a process found and had not written when it died is found again by the next owner, who flushes
-every row at take-over and loads every due date.
+every row at take-over and loads every due date. The ledger says of each shard up to which version of the assets its
+badges were looked at: what was loaded since, whoever was there or nobody, is looked at by whoever owns the shard.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Protocol
@@ -54,7 +57,8 @@ class BadgeProving:
         self.book = BadgeBook()
         self._found: dict[int, list[Proof]] = {}
         self._left: dict[int, Int64s] = {}
-        self._reclassified: set[str] = set()
+        # By shard: the newest version of an asset that its badges were looked at with.
+        self._classified: dict[int, int] = {}
 
     @property
     def rules(self) -> Sequence[Rule]:
@@ -78,6 +82,7 @@ class BadgeProving:
         self.book.drop_shard(shard)
         self._found.pop(shard, None)
         self._left.pop(shard, None)
+        self._classified.pop(shard, None)
 
     # -- with the bookings -----------------------------------------------------------------------------------
 
@@ -105,22 +110,17 @@ class BadgeProving:
         if len(left):
             self._left[shard] = left
 
-    def reclassified(self, portfolio_ids: Iterable[str]) -> None:
-        """Positions of these portfolios belong to another sector now: their sectors are looked at again."""
-        self._reclassified.update(portfolio_ids)
-
     # -- between batches -------------------------------------------------------------------------------------
 
     async def prove_due(self, as_of_ns: int) -> None:
         """Write what was found, and look at what is due. Raises AWAY errors; it is all tried again then."""
         at = to_datetime(as_of_ns)
-        if self._reclassified:
-            self._look_at_reclassified(at)
         for owned in list(self._host.owned.values()):
             if self._host.is_leaving(owned.lease.shard):
                 continue
             try:
                 await self._prove_found(owned)
+                await self._prove_reclassified(owned, at)
                 await self._prove_held(owned, at)
             except Fenced as error:
                 self._host.lose(owned.lease, str(error))
@@ -148,15 +148,34 @@ class BadgeProving:
                 self.book.looked_at(one)
             _count(proofs)
 
-    def _look_at_reclassified(self, at: datetime) -> None:
-        """Within one turn of the events loop, so that nothing is booked between finding and writing."""
-        book, names = self._host.book, self._reclassified
-        self._reclassified = set()
-        for name in sorted(names):
-            if name in book and name in self.book:
-                proofs = self.book.reclassified(name, book, self._host.sectors.sector_of, at)
-                if proofs:
-                    self._found.setdefault(int(book.shard[book.slot(name)]), []).extend(proofs)
+    async def _prove_reclassified(self, owned: OwnedShard, at: datetime) -> None:
+        """Nothing is booked meanwhile: the events loop is here."""
+        shard, newest = owned.lease.shard, self._host.sectors.arrival
+        if shard not in self._classified:
+            self._classified[shard] = await self._store.classified_arrival(shard)
+        if newest <= self._classified[shard]:
+            return
+        symbols = self._host.sectors.reclassified_since(self._classified[shard])
+        if symbols:
+            names = self._holders(shard, symbols)
+            for start in range(0, len(names), PER_TRANSACTION_MAX):
+                await self._prove_sectors(owned, names[start : start + PER_TRANSACTION_MAX], at)
+                await asyncio.sleep(0)
+            await self._store.note_classified(owned.lease, newest)
+        self._classified[shard] = newest
+
+    def _holders(self, shard: int, symbols: Iterable[str]) -> list[str]:
+        book = self._host.book
+        slots = np.unique(np.concatenate([book.holders(symbol) for symbol in symbols]))
+        return book.portfolio_ids(slots[book.shard[slots] == shard])
+
+    async def _prove_sectors(self, owned: OwnedShard, names: Iterable[str], at: datetime) -> None:
+        book, sector_of = self._host.book, self._host.sectors.sector_of
+        proofs = [proof for name in names for proof in self.book.reclassified(name, book, sector_of, at)]
+        if proofs:
+            await self._store.prove(owned.lease, proofs)
+            self.book.accept(proofs)
+            _count(proofs)
 
 
 def _count(proofs: Iterable[Proof]) -> None:

@@ -1,7 +1,8 @@
 """Reclassified assets, as an evaluator learns of them: their holders' allocations are another one from then on.
 
 Looked for every CHECK_INTERVAL_S, between batches of events, so that no allocation is written that is older than one
-of a fill. Which positions there are does not change; badges whose sectors are others now are looked at again.
+of a fill. Which positions there are does not change. A shard that is taken over is published with all its allocations,
+as classified by then; badges follow on their own (workers.badge_proving).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import numpy as np
 from engine.book import Book
 from engine.posting import PositionsChange, allocation
 from engine.runtime import telemetry
-from workers.badge_proving import BadgeProving
 from workers.flusher import Flusher, OwnedShard
 from workers.sector_map import SectorMap
 
@@ -28,7 +28,6 @@ class Host(Protocol):
     book: Book
     owned: dict[int, OwnedShard]
     sectors: SectorMap
-    badges: BadgeProving
     flusher: Flusher
 
 
@@ -51,7 +50,6 @@ class Reclassification:
         shards = book.shard[slots]
         for owned in list(self._host.owned.values()):
             await self._write(owned, book.portfolio_ids(slots[shards == owned.lease.shard]))
-        self._host.badges.reclassified(book.portfolio_ids(slots))
 
     async def _write(self, owned: OwnedShard, portfolio_ids: list[str]) -> None:
         book, sector_of = self._host.book, self._host.sectors.sector_of

@@ -1,6 +1,8 @@
 """Symbol → asset class, sector and industry as they are in force, kept in memory; what is not there is UNCLASSIFIED.
 
 `refresh` asks for what was loaded since, so that a reclassification is known within the interval at which it is called.
+Versions are numbered by their `arrival`: `reclassified_since` says what has moved to another sector after one of them,
+also when it was loaded while this process was not there.
 """
 
 from __future__ import annotations
@@ -19,6 +21,13 @@ class SectorMap:
         self._engine = engine
         self._assets: dict[str, Asset] = {}
         self._arrival = 0
+        # Of each symbol whose sector is known to have changed the arrival that last did it.
+        self._moved: dict[str, int] = {}
+
+    @property
+    def arrival(self) -> int:
+        """The newest version that is known here."""
+        return self._arrival
 
     async def load(self) -> None:
         """Read all assets. Raises DBAPIError, asyncpg.PostgresError, OSError."""
@@ -37,9 +46,15 @@ class SectorMap:
             asset, known = one.asset, self._get(one.asset.symbol)
             if (asset.asset_class, asset.sector, asset.industry) != (known.asset_class, known.sector, known.industry):
                 changed.add(asset.symbol)
+            if asset.sector != known.sector:
+                self._moved[asset.symbol] = one.arrival
             self._assets[asset.symbol] = asset
             self._arrival = one.arrival
         return changed
+
+    def reclassified_since(self, arrival: int) -> set[str]:
+        """The symbols that have another sector than they had when `arrival` was the newest version."""
+        return {symbol for symbol, moved in self._moved.items() if moved > arrival}
 
     def learn(self, symbols: Iterable[str]) -> None:
         """Note assets that a fill has just created."""

@@ -5,7 +5,8 @@ or neither, once: a state moves on by its `events_count` alone, so what is writt
 the first time. Whoever waits for the outbox is told by NOTIFY at the commit.
 
     with the batch that it follows from    the evaluator, in LedgerWriter.book and ActionsStore.book
-    on its own, under the shard's lease    the evaluator: HELD by due date, NAV at flush (BadgesStore)
+    on its own, under the shard's lease    the evaluator: HELD by due date, NAV at flush, SECTORS after a
+                                           reclassification (BadgesStore)
     on its own, without a lease            the daily job: rules that the evaluator does not look at (`prove`)
 """
 
@@ -60,6 +61,8 @@ _WRITE_OUTBOX = """
     FROM unnest($2::text[], $3::text[], $4::bytea[]) WITH ORDINALITY AS of (event_id, key, payload, place)
     ORDER BY place ON CONFLICT DO NOTHING
 """
+_CLASSIFIED = "SELECT classified_arrival FROM shard WHERE id = $1"
+_NOTE_CLASSIFIED = "UPDATE shard SET classified_arrival = $2 WHERE id = $1 AND classified_arrival < $2"
 _OLDEST = """
     SELECT DISTINCT ON (portfolio_id) portfolio_id, symbol, position.opened_at, ledger_sequence
     FROM position JOIN portfolio ON portfolio.id = portfolio_id
@@ -202,6 +205,18 @@ class BadgesStore:
         async with self._engine.begin() as connection:
             await assert_epoch(connection, lease)
             await write_proofs(await driver_of(connection), self.topic, proofs)
+
+    async def classified_arrival(self, shard_id: int) -> int:
+        """The newest version of an asset that a shard's badges were looked at with."""
+        async with self._engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+            return int(await (await driver_of(connection)).fetchval(_CLASSIFIED, shard_id))
+
+    async def note_classified(self, lease: Lease, arrival: int) -> None:
+        """All that a shard's badges prove with versions up to this one is written."""
+        async with self._engine.begin() as connection:
+            await assert_epoch(connection, lease)
+            await (await driver_of(connection)).execute(_NOTE_CLASSIFIED, lease.shard, arrival)
 
     async def prove_held(
         self, lease: Lease, portfolio_ids: Sequence[str], prove: Callable[[OldestPosition], list[Proof]]

@@ -70,7 +70,7 @@ asset_version = Table(
 )
 
 # One row per Kafka partition. `log_id` (cluster/topic) names the log that `next_offset` counts in; `epoch` fences
-# its owner.
+# its owner; `classified_arrival` is the newest asset_version.arrival that its portfolios' badges were looked at with.
 shard = Table(
     "shard",
     metadata,
@@ -80,6 +80,7 @@ shard = Table(
     Column("epoch", BigInteger, nullable=False),
     Column("owner", Text),
     Column("lease_until", INSTANT),
+    Column("classified_arrival", BigInteger, nullable=False, server_default="0"),
     CheckConstraint("next_offset >= 0 AND epoch >= 0", name="shard_counts"),
 )
 

@@ -11,11 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.badges import BadgeMessage, badge_message_decoder, load_rules
+from engine.badges import BadgeEventKind, BadgeMessage, badge_message_decoder, load_rules
 from engine.runtime.settings import Settings
 from engine.stores.badges_postgres import sync_rules
 from engine.stores.ledger_postgres import Fenced
 from tests.running_system import System, connected, deposit, fill, opening, running, until, until_answered
+from workers.catalogue import load_assets
 
 MONTH = timedelta(days=30)
 
@@ -129,20 +130,81 @@ async def test_a_due_date_survives_a_take_over(system: System) -> None:
     assert sorted(await proved(system)) == ["diamond_hands:1#p-1#1", "first_fill:1#p-1#1"]
 
 
-async def test_a_reclassified_position_is_looked_at_again(system: System) -> None:
-    """Five symbols in four sectors are not diversified, until one of them is said to be of a fifth."""
-    symbols = ("AAPL", "XOM", "JPM", "PFE", "NEE")
-    sectors = dict(zip(symbols, ("Tech", "Energy", "Banks", "Health", "Health"), strict=True))
-    async with running(system.settings) as evaluator:
-        await until(lambda: len(evaluator.owned) == 4)
-        evaluator.sectors.sector_of = sectors.__getitem__  # type: ignore[method-assign, assignment]
-        await system.send(opening("p-1"), *(fill("p-1", "BUY", "1", "100", f"b-{of}", of) for of in symbols))
-        await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 6)
-        assert "diversified:1#p-1#1" not in await proved(system)
-        sectors["NEE"] = "Utilities"
-        evaluator.badges.reclassified(["p-1", "unknown"])
-        found = await when(system, "diversified:1#p-1#1")
+SYMBOLS = ("AAPL", "XOM", "JPM", "PFE", "NEE")
+FOUR = dict(zip(SYMBOLS, ("Tech", "Energy", "Banks", "Health", "Health"), strict=True))
+FIVE = FOUR | {"NEE": "Utilities"}
+
+
+async def classify(system: System, sectors: dict[str, str]) -> None:
+    rows = "".join(f"{symbol},,EQUITY,{sector},\n" for symbol, sector in sectors.items())
+    await load_assets(system.settings, f"symbol,name,asset_class,sector,industry\n{rows}")
+
+
+async def buy_all(system: System) -> None:
+    await system.send(opening("p-1"), *(fill("p-1", "BUY", "1", "100", f"b-{of}", of) for of in SYMBOLS))
+    await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 6)
+
+
+def check_diversified(found: BadgeMessage) -> None:
     assert (found.evidence.event_id, found.evidence.ledger_sequence, found.evidence.figure) == (None, 6, "5")
     assert {one.sector: Decimal(one.weight or 0) for one in found.evidence.sectors or ()} == dict.fromkeys(
-        sectors.values(), Decimal("0.2")
+        FIVE.values(), Decimal("0.2")
     )
+
+
+async def test_a_reclassified_position_is_looked_at_again(system: System) -> None:
+    """Five symbols in four sectors are not diversified, until one of them is said to be of a fifth."""
+    await classify(system, FOUR)
+    async with running(system.settings):
+        await buy_all(system)
+        assert "diversified:1#p-1#1" not in await proved(system)
+        await classify(system, FIVE)
+        check_diversified(await when(system, "diversified:1#p-1#1"))
+
+
+async def test_what_was_loaded_while_nobody_was_there_is_looked_at_by_the_next_owner(system: System) -> None:
+    await classify(system, FOUR)
+    async with running(system.settings):
+        await buy_all(system)
+    await classify(system, FIVE)
+    async with running(system.settings):
+        check_diversified(await when(system, "diversified:1#p-1#1"))
+    await classify(system, FOUR)
+    async with running(system.settings) as third:
+        assert (await when(system, "diversified:1#p-1#2")).kind is BadgeEventKind.LAPSED
+        await until(lambda: not third.badges.book.states("p-1")["diversified"].active)
+    assert len(await proved(system)) == 3
+
+
+async def test_a_look_that_was_not_written_is_the_next_owner_s_and_what_was_looked_at_is_not_looked_at_again(
+    system: System,
+) -> None:
+    await classify(system, FOUR)
+    async with running(system.settings) as first:
+        await buy_all(system)
+
+        async def fail(*_: object) -> None:
+            raise Fenced("not any more")
+
+        first.badges._store.prove = fail  # type: ignore[method-assign]
+        await classify(system, FIVE)
+        await until(lambda: len(first.owned) < 4)
+    assert "diversified:1#p-1#1" not in await proved(system)
+    async with running(system.settings):
+        await when(system, "diversified:1#p-1#1")
+    newest = await system.pool.fetchval("SELECT max(arrival) FROM asset_version")
+    looked_at = "SELECT classified_arrival FROM shard WHERE id = (SELECT shard FROM portfolio WHERE id = 'p-1')"
+
+    async def is_noted() -> bool:
+        return await system.pool.fetchval(looked_at) == newest
+
+    await until_answered(is_noted)
+    # A price alone lapses nothing, whoever comes to own the shard.
+    async with running(system.settings) as third:
+        await system.quote("AAPL", "1000000")
+        await system.mark_when("p-1", lambda mark: mark.positions_value > 1_000_000_000_000)
+        assert third.badges.book.states("p-1")["diversified"].active
+    async with running(system.settings) as fourth:
+        await until(lambda: len(fourth.badges._classified) == 4)
+        assert fourth.badges.book.states("p-1")["diversified"].active
+    assert "diversified:1#p-1#2" not in await proved(system)

@@ -56,6 +56,18 @@ async def test_a_refresh_names_what_is_another_now(pool: asyncpg.Pool, sectors: 
     assert await sectors.refresh() == set()
 
 
+async def test_who_comes_later_knows_what_moved_to_another_sector_since(pool: asyncpg.Pool, sectors: SectorMap) -> None:
+    await upsert_assets(pool, [equity("A", "One"), equity("B", "One"), equity("C", "One")], AT)
+    await sectors.load()
+    before = sectors.arrival
+    later = AT + timedelta(days=1)
+    await upsert_assets(pool, [equity("A", "Two"), equity("B", "One", "i"), equity("C", "One", name="Sea")], later)
+    await sectors.load()
+    assert sectors.reclassified_since(before) == {"A"}
+    assert sectors.reclassified_since(sectors.arrival) == set()
+    assert sectors.reclassified_since(0) == {"A", "B", "C"}
+
+
 async def test_what_changed_and_changed_back_between_two_refreshes_ends_as_it_is(
     pool: asyncpg.Pool, sectors: SectorMap
 ) -> None:
