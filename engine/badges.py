@@ -3,7 +3,8 @@
 A rule compares one figure of a portfolio with its threshold. Which figure is its predicate's matter:
 
     FILLS           fills booked, less those that were reversed              figure ≥ threshold
-    STREAK          closes in a row that were profitable after fees          figure ≥ threshold
+    STREAK          closes in a row that were profitable after fees; the     figure ≥ threshold
+                    reversal of any fill begins the row anew
     SECTORS         sectors whose weight (engine.sectors) is above `minimum`; UNCLASSIFIED is none; ≥ threshold
     HELD            whole days since the oldest open position was opened     figure ≥ threshold, which is `window_days`
     NAV             NAV; unknown while a position never had a price          figure ≥ threshold

@@ -108,7 +108,8 @@ Admission = Callable[[LedgerEntry, Position | None], None]
 class Portfolio:
     """Folded state; amounts in micro-units. The sums are signed and count from the opening.
 
-    `fills` counts the fills that stand; `streak` the closes in a row, up to the last one, that were profitable.
+    `fills` counts the fills that stand; `streak` the closes in a row, up to the last one, that were profitable, since
+    the last reversal of a fill: an entry does not tell which closes rested on the fill that it takes back.
     """
 
     portfolio_id: str
@@ -211,9 +212,12 @@ class Portfolio:
         self.fees, self.income, self.flows = fees, income, flows
         self.trading, self.corporate = trading, corporate
         if kind is LedgerKind.FILL:
-            self.fills += 1 if entry.reverses is None else -1
-            if effect.closed is not None and entry.reverses is None:
-                self.streak = self.streak + 1 if effect.closed.is_profitable else 0
+            if entry.reverses is not None:
+                self.fills, self.streak = self.fills - 1, 0
+            else:
+                self.fills += 1
+                if effect.closed is not None:
+                    self.streak = self.streak + 1 if effect.closed.is_profitable else 0
         self.ledger_sequence, self.ledger_hash = entry.sequence, entry.hash
 
     def _effect(self, entry: LedgerEntry, sequence: int) -> _Effect:

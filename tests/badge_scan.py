@@ -72,6 +72,7 @@ class Scan:
             return
         if entry.kind is LedgerKind.FILL:
             self.fills += 1 if entry.reverses is None else -1
+            self.streak = self.streak if entry.reverses is None else 0
         self.trade(entry)
         self.reach("fills", Fraction(self.fills))
         self.reach("streak", Fraction(self.streak))

@@ -13,7 +13,7 @@ from engine.entries import draft_event
 from engine.ledger import LedgerEntry
 from engine.messages import EventRejected, decode_event
 from engine.portfolio import LedgerMismatch, Portfolio, Present, check_invariants, fold, value_portfolio
-from tests.bookkeeping import AT, cash, fill, opening, record
+from tests.bookkeeping import AT, Bookkeeping, cash, fill, opening, record, reversal
 from tests.oracle import MICRO
 
 BIG = "576460752303"  # just below the largest amount
@@ -157,6 +157,21 @@ def test_a_ledger_that_was_tampered_with_does_not_fold(change: dict[str, Any]) -
     assert fold("p-1", "USD", entries) == portfolio
     with pytest.raises(LedgerMismatch):
         fold("p-1", "USD", [*entries[:-1], replace(entries[-1], **change)])
+
+
+@pytest.mark.parametrize("reversed_id", ["s1", "b1", "b3"])
+def test_a_streak_begins_anew_with_the_reversal_of_any_fill(reversed_id: str) -> None:
+    """Of a close, of the fill that opened what was closed, and of one that is about neither: none can be told apart."""
+    kept = Bookkeeping()
+    kept.send(opening("p"), fill("p", "BUY", "1", "10", "b1"), fill("p", "SELL", "1", "11", "s1"))
+    kept.send(fill("p", "BUY", "1", "10", "b2", "XOM"), fill("p", "SELL", "1", "11", "s2", "XOM"))
+    kept.send(fill("p", "BUY", "1", "10", "b3", "BTC"), cash("p", "DEPOSIT", "5", "d"), reversal("p", "d", "r"))
+    assert (kept.folded["p"].fills, kept.folded["p"].streak) == (5, 2)
+    kept.send(reversal("p", reversed_id, "r2"))
+    assert (kept.folded["p"].fills, kept.folded["p"].streak) == (4, 0)
+    assert fold("p", "USD", kept.entries["p"]).streak == 0
+    kept.send(fill("p", "BUY", "1", "10", "b4", "XOM"), fill("p", "SELL", "1", "11", "s4", "XOM"))
+    assert kept.folded["p"].streak == 1
 
 
 def test_check_invariants_sees_money_that_came_from_nowhere() -> None:

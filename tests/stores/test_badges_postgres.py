@@ -170,10 +170,13 @@ async def test_fills_and_streak_are_kept_with_the_portfolio(proving: Proving) ->
         )
     )
     row = await proving.books.admin.fetchrow("SELECT fills, streak FROM portfolio")
-    assert tuple(row) == (2, 1)
-    await proving.send(*numbered(fill("p-1", "BUY", "1", "10", "b3"), fill("p-1", "SELL", "1", "9", "s3"), first=5))
+    assert tuple(row) == (2, 0), "a reversal begins the row anew"
+    await proving.send(*numbered(fill("p-1", "BUY", "1", "10", "b3"), fill("p-1", "SELL", "1", "11", "s3"), first=5))
     row = await proving.books.admin.fetchrow("SELECT fills, streak FROM portfolio")
-    assert tuple(row) == (4, 0)
+    assert tuple(row) == (4, 1)
+    await proving.send(*numbered(fill("p-1", "BUY", "1", "10", "b4"), fill("p-1", "SELL", "1", "9", "s4"), first=7))
+    row = await proving.books.admin.fetchrow("SELECT fills, streak FROM portfolio")
+    assert tuple(row) == (6, 0)
 
 
 async def test_a_split_proves_in_its_own_transaction(proving: Proving) -> None:
@@ -271,12 +274,20 @@ async def test_the_migration_counts_what_the_ledgers_come_to(proving: Proving) -
     loss = [fill("p-1", "BUY", "1", "10", "b-"), fill("p-1", "SELL", "1", "10", "s-")]  # nothing gained is no profit
     flips = [fill("p-2", "BUY", "1", "10", "f1"), fill("p-2", "SELL", "3", "12", "f2", fee="1")]
     flips += [fill("p-2", "BUY", "3", "10", "f3"), reversal("p-2", "f3", "f4")]
-    await proving.send(*numbered(opening("p-1"), *wins[:2], *loss, *wins[2:], opening("p-2"), *flips))
+    after = [fill("p-3", "BUY", "1", "10", "g1"), fill("p-3", "SELL", "1", "12", "g2"), reversal("p-3", "g2", "g3")]
+    after += [fill("p-3", "SELL", "1", "11", "g4"), fill("p-3", "SELL", "1", "11", "g5"), reversal("p-3", "g5", "g6")]
+    for n in range(3):
+        after += [fill("p-3", "BUY", "1", "10", f"h{n}"), fill("p-3", "SELL", "1", "12" if n else "9", f"i{n}")]
+    sent = (opening("p-1"), *wins[:2], *loss, *wins[2:], opening("p-2"), *flips, opening("p-3"), *after)
+    await proving.send(*numbered(*sent))
     kept = "SELECT id, fills, streak FROM portfolio ORDER BY id"
     booked = [tuple(row) for row in await proving.books.admin.fetch(kept)]
-    assert booked == [("p-1", 8, 2), ("p-2", 2, 2)]
+    assert booked == [("p-1", 8, 2), ("p-2", 2, 0), ("p-3", 8, 2)]
     await proving.books.admin.execute("UPDATE portfolio SET fills = 0, streak = 0")
-    migration = runpy.run_path("alembic/versions/0004_badges.py")
-    for statement in ("_COUNT_FILLS", "_COUNT_STREAKS"):
-        await proving.books.admin.execute(migration[statement])
+    for migration, statements in (
+        ("0004_badges", ("_COUNT_FILLS", "_COUNT_STREAKS")),
+        ("0006_badge_truth", ("_COUNT_STREAKS",)),
+    ):
+        for name in statements:
+            await proving.books.admin.execute(runpy.run_path(f"alembic/versions/{migration}.py")[name])
     assert [tuple(row) for row in await proving.books.admin.fetch(kept)] == booked
