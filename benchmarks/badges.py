@@ -103,7 +103,7 @@ class _Evaluator:
         symbol, price = load.symbol(asset), load.prices[asset]
         quantity = Decimal(int(load.quantities[number][place]))
         held = Portfolio(name, "USD", ledger_sequence=self._count, fills=self._count % 90)
-        held.positions[symbol] = Position(quantity, 10**6, 0, 0, OPENED_AT, 1)
+        held.positions[symbol] = Position(quantity, 10**6, 0, 0, OPENED_AT, 1, OPENED_AT)
         event = FillEvent(
             event_id=f"e-{self._count}",
             portfolio_id=name,

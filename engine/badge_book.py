@@ -9,9 +9,9 @@ What is found is a Proof. It counts from the commit of the transaction that writ
 else changes what is known, and all of it is read again with the shard. NAVs and due dates that were found are not
 found again before they were accepted or given back.
 
-HELD goes by the book time: a position is held from `opened_at` to the instant at which the entry that ended its cycle
-was booked. A due date is that of the oldest position when it was last looked at; when that one is gone the date of the
-one that is the oldest then takes its place, so each portfolio has one date, whatever it trades.
+HELD goes by the book time: a position is held from `held_since` (engine.portfolio) to the instant at which the entry
+that ended its cycle was booked. A due date is that of the oldest position when it was last looked at; when that one is
+gone the date of the one that is the oldest then takes its place, so each portfolio has one date, whatever it trades.
 
 Sectors are those of the batch's own positions at the Book's prices, kept up to date from entry to entry. A cost stands
 for the value of a position that has no price. Pure, and not thread-safe.
@@ -47,7 +47,7 @@ from engine.badges import (
 )
 from engine.book import NAV_MAX_MICRO, Book
 from engine.booking import Booked
-from engine.ledger import LedgerEntry, LedgerKind
+from engine.ledger import LedgerKind
 from engine.marks import MarkQuality
 from engine.portfolio import Booking, Portfolio, Position
 from engine.positions import carried_value
@@ -68,6 +68,7 @@ class OldestPosition:
     portfolio_id: str
     symbol: str
     opened_at: datetime
+    held_since: datetime
     ledger_sequence: int
 
 
@@ -115,7 +116,7 @@ class BadgeBook:
     def open(
         self, portfolio_id: str, shard: int, slot: int, states: States | None = None, oldest: datetime | None = None
     ) -> None:
-        """Take a portfolio in, whose oldest open position was opened at `oldest`."""
+        """Take a portfolio in, whose oldest open position is held since `oldest`."""
         known = self._known[portfolio_id] = _Known(shard, slot, dict(states or {}))
         if slot >= len(self._nav_bound):
             grown = np.full(max(slot + 1, 2 * len(self._nav_bound)), OUT_OF_REACH, np.int64)
@@ -145,10 +146,10 @@ class BadgeBook:
         for portfolio_id in booked.opened:
             self.open(portfolio_id, turn.shard, book.slot(portfolio_id))
         self.accept(turn.proofs)
-        for portfolio_id, opened_at in turn.opened_at.items():
+        for portfolio_id, held_since in turn.held_since.items():
             known = self._known.get(portfolio_id)
             if known is not None:
-                self._schedule(portfolio_id, known, opened_at)
+                self._schedule(portfolio_id, known, held_since)
 
     # -- with every entry ------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ class BadgeBook:
     def held_long(self, oldest: OldestPosition, at: datetime) -> list[Proof]:
         """What the portfolio's oldest open position proves."""
         states = self.states(oldest.portfolio_id)
-        found = transitions(self._held_rules, states, Facts(held_since=oldest.opened_at), at)
+        found = transitions(self._held_rules, states, Facts(held_since=oldest.held_since), at)
         return [
             Proof(
                 oldest.portfolio_id,
@@ -235,6 +236,7 @@ class BadgeBook:
                     ledger_sequence=oldest.ledger_sequence,
                     symbol=oldest.symbol,
                     opened_at=oldest.opened_at,
+                    since=oldest.held_since,
                 ),
             )
             for one in found
@@ -244,7 +246,7 @@ class BadgeBook:
         """What the position proves is accepted: look again when it, or it for another rule, may be old enough."""
         known = self._known.get(oldest.portfolio_id)
         if known is not None:
-            self._schedule(oldest.portfolio_id, known, oldest.opened_at)
+            self._schedule(oldest.portfolio_id, known, oldest.held_since)
 
     def give_back(self, portfolio_ids: Iterable[str], at: datetime) -> None:
         """They could not be looked at: they stay due at `at`."""
@@ -253,10 +255,10 @@ class BadgeBook:
             if known is not None:
                 self._set_due(portfolio_id, known, at)
 
-    def _schedule(self, portfolio_id: str, known: _Known, opened_at: datetime) -> None:
+    def _schedule(self, portfolio_id: str, known: _Known, held_since: datetime) -> None:
         windows = [rule.window_days for rule in self._held_rules if rule.badge_id not in known.states]
         if windows:
-            self._set_due(portfolio_id, known, opened_at + timedelta(days=min(windows)))
+            self._set_due(portfolio_id, known, held_since + timedelta(days=min(windows)))
 
     def _set_due(self, portfolio_id: str, known: _Known, due_at: datetime) -> None:
         if known.due_at is not None and known.due_at <= due_at:
@@ -273,12 +275,12 @@ class BadgeBook:
 
 class BadgeTurn:
     """One batch, or one transaction of a corporate action's steps, of a shard. `proofs` are what it proves so far,
-    `opened_at` the earliest opening of a position per portfolio in which it opened any."""
+    `held_since` of the oldest of the positions that it opened, per portfolio in which it opened any."""
 
     def __init__(self, badges: BadgeBook, shard: int, book: Book, sector_of: SectorOf) -> None:
         self.shard = shard
         self.proofs: list[Proof] = []
-        self.opened_at: dict[str, datetime] = {}
+        self.held_since: dict[str, datetime] = {}
         self._badges = badges
         self._book = book
         self._sector_of = sector_of
@@ -300,26 +302,27 @@ class BadgeTurn:
             sectors = self._sectors[name] = _Sectors.of(self._book, name, self._sector_of)
         sectors.move(entry.symbol, position, price)
         if position is not None and position.opened_sequence == entry.sequence:
-            self.opened_at[name] = min(self.opened_at.get(name, position.opened_at), position.opened_at)
-        closed = booking.closed
+            self.held_since[name] = min(self.held_since.get(name, position.held_since), position.held_since)
+        ended = booking.before if booking.closed is not None else None
         facts = Facts(
             fills=held.fills,
             streak=held.streak,
             sectors=sectors.sums,
-            held_since=None if closed is None else closed.opened_at,
+            held_since=None if ended is None else ended.held_since,
         )
         states = self._states.get(name) or self._badges.states(name)
         found = transitions(self._badges.booked_rules, states, facts, entry.recorded_at)
         if found:
             self._states[name] = {**states, **{one.rule.badge_id: one.state for one in found}}
-            self.proofs += [Proof(name, one, self._evidence(one, entry, sectors, facts)) for one in found]
+            self.proofs += [Proof(name, one, self._evidence(one, booking, sectors)) for one in found]
 
-    def _evidence(self, one: Transition, entry: LedgerEntry, sectors: _Sectors, facts: Facts) -> Evidence:
+    def _evidence(self, one: Transition, booking: Booking, sectors: _Sectors) -> Evidence:
+        entry, ended = booking.entry, booking.before
         if one.rule.predicate is Predicate.SECTORS:
             return sectors.evidence(one, self._book, self._prices, entry.event_id, entry.sequence)
         of = {"event_id": entry.event_id, "ledger_sequence": entry.sequence}
-        if one.rule.predicate is Predicate.HELD:
-            return _evidence(one, **of, symbol=entry.symbol, opened_at=facts.held_since)
+        if one.rule.predicate is Predicate.HELD and ended is not None:
+            return _evidence(one, **of, symbol=entry.symbol, opened_at=ended.opened_at, since=ended.held_since)
         return _evidence(one, **of)
 
 

@@ -4,7 +4,8 @@ A `ProofCheck` folds the ledger entry by entry, as the evaluator did, and looks 
 reached the entry that its evidence names:
 
     FILLS, STREAK   the fold counts the figure at that entry, and the entry is the event's
-    HELD            the position was open since `opened_at`, or ended with the entry, and is old enough at `at`
+    HELD            the position was opened at `opened_at` and held from `since` on, or ended with the entry, and is old
+                    enough at `at`
     SECTORS         the positions at the evidence's prices (null: at cost), by the classification in force at `at`, give
                     the evidence's sectors, and these the figure that the kind of the event asks for
     NAV             cash, receivables and the positions at the evidence's prices give NAV
@@ -44,7 +45,7 @@ from engine.badges import (
     sectors_above,
 )
 from engine.ledger import LedgerEntry
-from engine.portfolio import ClosedPosition, LedgerMismatch, Portfolio
+from engine.portfolio import LedgerMismatch, Portfolio, Position
 from engine.positions import carried_value
 from engine.sectors import SectorValue
 
@@ -145,6 +146,7 @@ class ProofCheck:
         """Fold the next entry, and check what was proved with it."""
         if self._broken:
             return
+        before = self.portfolio.positions.get(entry.symbol or "")
         try:
             closed = self.portfolio.replay(entry)
         except (LedgerMismatch, AmountError) as mismatch:
@@ -152,9 +154,10 @@ class ProofCheck:
             self._broken = True
             self._fault(("", 0), FaultKind.WRONG, str(mismatch))
             return
-        self._note_deserved(entry, closed)
+        ended = None if closed is None else before
+        self._note_deserved(entry, ended)
         for event in self._due.pop(entry.sequence, ()):
-            said = self._check(event, self.rules[event.key], entry, closed)
+            said = self._check(event, self.rules[event.key], entry, ended)
             if said:
                 self._fault(event.key, FaultKind.WRONG, f"{event.event_id}: {said}")
 
@@ -168,15 +171,15 @@ class ProofCheck:
         for rule in self.current:
             if rule.predicate is Predicate.HELD:
                 for symbol, position in self.portfolio.positions.items():
-                    if now - LAG_MAX - position.opened_at >= timedelta(days=rule.window_days):
-                        self._deserves(rule, f"{symbol} is held since {position.opened_at:%Y-%m-%d %H:%M}")
+                    if now - LAG_MAX - position.held_since >= timedelta(days=rule.window_days):
+                        self._deserves(rule, f"{symbol} is held since {position.held_since:%Y-%m-%d %H:%M}")
         self._check_given()
         return self.faults
 
     # -- what was not given ----------------------------------------------------------------------------------
 
-    def _note_deserved(self, entry: LedgerEntry, closed: ClosedPosition | None) -> None:
-        held_since = None if closed is None else closed.opened_at
+    def _note_deserved(self, entry: LedgerEntry, ended: Position | None) -> None:
+        held_since = None if ended is None else ended.held_since
         facts = Facts(fills=self.portfolio.fills, streak=self.portfolio.streak, held_since=held_since)
         for rule in self.current:
             if rule.predicate in _DESERVED and is_met(rule, figure(rule, facts, entry.recorded_at)):
@@ -217,7 +220,7 @@ class ProofCheck:
 
     # -- what was given --------------------------------------------------------------------------------------
 
-    def _check(self, event: ToldEvent, rule: Rule, entry: LedgerEntry, closed: ClosedPosition | None) -> str:
+    def _check(self, event: ToldEvent, rule: Rule, entry: LedgerEntry, ended: Position | None) -> str:
         """Why the event does not follow from the ledger up to `entry`; empty when it does."""
         evidence = event.evidence
         match rule.predicate:
@@ -226,10 +229,10 @@ class ProofCheck:
                     return f"entry {entry.sequence} is of another event or instant"
                 facts = Facts(fills=self.portfolio.fills, streak=self.portfolio.streak)
             case Predicate.HELD:
-                since = self._held_since(evidence, closed)
-                if since is None or since != evidence.opened_at:
-                    return f"{evidence.symbol} is not held since {evidence.opened_at}"
-                facts = Facts(held_since=since)
+                held = self._held(evidence, entry, ended)
+                if held is None or (held.opened_at, held.held_since) != (evidence.opened_at, evidence.since):
+                    return f"{evidence.symbol} was not opened at {evidence.opened_at} and held since {evidence.since}"
+                facts = Facts(held_since=held.held_since)
             case Predicate.SECTORS:
                 return self._check_sectors(event, rule, entry)
             case _:
@@ -241,11 +244,11 @@ class ProofCheck:
                 facts = Facts(nav=nav)
         return _compare(rule, figure(rule, facts, event.at), evidence)
 
-    def _held_since(self, evidence: Evidence, closed: ClosedPosition | None) -> datetime | None:
-        if closed is not None and closed.symbol == evidence.symbol and closed.opened_at == evidence.opened_at:
-            return closed.opened_at
-        position = self.portfolio.positions.get(evidence.symbol or "")
-        return None if position is None else position.opened_at
+    def _held(self, evidence: Evidence, entry: LedgerEntry, ended: Position | None) -> Position | None:
+        """What is proved with an entry ended with it; otherwise it is held still."""
+        if evidence.event_id is not None:
+            return ended if (evidence.event_id, evidence.symbol) == (entry.event_id, entry.symbol) else None
+        return self.portfolio.positions.get(evidence.symbol or "")
 
     def _check_sectors(self, event: ToldEvent, rule: Rule, entry: LedgerEntry) -> str:
         evidence = event.evidence

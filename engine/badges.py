@@ -6,7 +6,8 @@ A rule compares one figure of a portfolio with its threshold. Which figure is it
     STREAK          closes in a row that were profitable after fees; the     figure ≥ threshold
                     reversal of any fill begins the row anew
     SECTORS         sectors whose weight (engine.sectors) is above `minimum`; UNCLASSIFIED is none; ≥ threshold
-    HELD            whole days since the oldest open position was opened     figure ≥ threshold, which is `window_days`
+    HELD            whole days since the oldest open position is held: since figure ≥ threshold, which is `window_days`
+                    the fill that opened it was executed and booked, whichever is later
     NAV             NAV; unknown while a position never had a price          figure ≥ threshold
     SECTOR_PROFITS  sectors that made a profit within `window_days`          figure ≥ threshold
     SHARPE          Sharpe ratio over `window_days` (engine.performance)     figure > threshold
@@ -111,7 +112,8 @@ class SectorEvidence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class Evidence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an event rests on, so that anybody can compute it again. Decimals are plain text; a price of None stands for
     a position carried at its cost; without `prices` there were more than EVIDENCE_PRICES_MAX positions, and it can not
-    be computed again. `event_id` is the portfolio event (or entry) that it was proved with."""
+    be computed again. `event_id` is the portfolio event (or entry) that it was proved with. A position that was HELD
+    was opened at `opened_at` and is held since `since`; windows go from `since` to `until`."""
 
     figure: str
     threshold: str

@@ -44,7 +44,8 @@ class LedgerMismatch(ValueError):
 @dataclass(frozen=True, slots=True)
 class Position:
     """Signed `quantity` ≠ 0; `cost` has its sign. `realized` (gross) and `fees` are of the cycle that began with the
-    entry `opened_sequence`; micro-units."""
+    entry `opened_sequence`; micro-units. `opened_at` is what that entry says of itself, `held_since` the later of that
+    and the instant at which it was booked: nobody has held a position before both."""
 
     quantity: Decimal
     cost: int
@@ -52,6 +53,7 @@ class Position:
     fees: int
     opened_at: datetime
     opened_sequence: int
+    held_since: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,13 @@ class Present:
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """A complete entry, the cycle that it ended if any, and what it did to the value of its position (micro-units)."""
+    """A complete entry, the cycle that it ended if any, what it did to the value of its position (micro-units), and
+    the position before it."""
 
     entry: LedgerEntry
     closed: ClosedPosition | None
     value_change: int
+    before: Position | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,7 @@ class Portfolio:
         effect = self._effect(draft, self.ledger_sequence + 1)
         if admit is not None:
             admit(draft, effect.position)
-        value_change = 0
+        value_change, before = 0, None
         if _moves_position(draft):
             before = self.positions.get(draft.symbol or "")
             value_change = _worth(effect.position, present.price) - _worth(before, present.price_before)
@@ -160,7 +164,7 @@ class Portfolio:
         )
         entry = replace(entry, hash=chain_hash(self.ledger_hash, entry))
         self._apply(entry, effect)
-        return Booking(entry, effect.closed, value_change)
+        return Booking(entry, effect.closed, value_change, before)
 
     def replay(self, entry: LedgerEntry) -> ClosedPosition | None:
         """Fold one recorded entry; returns the cycle that it ended.
@@ -239,7 +243,7 @@ def _fill(held: Position | None, entry: LedgerEntry, sequence: int, traded: Deci
         raise AmountError("NOT_POSITIVE", "quantity in today's shares is 0")
     notional = -entry.amount
     if held is None:
-        opened = Position(traded, notional, 0, entry.fee, entry.effective_at, sequence)
+        opened = Position(traded, notional, 0, entry.fee, entry.effective_at, sequence, _held_since(entry))
         return _Effect(0, _checked(opened))
     quantity, fees = held.quantity + traded, held.fees + entry.fee
     if (held.quantity > 0) == (traded > 0):
@@ -257,7 +261,7 @@ def _fill(held: Position | None, entry: LedgerEntry, sequence: int, traded: Deci
     if (quantity > 0) == (held.quantity > 0):
         return _Effect(realized, _checked(after))
     rest = sign * (abs(notional) - closing)
-    opened = Position(quantity, rest, 0, 0, entry.effective_at, sequence)
+    opened = Position(quantity, rest, 0, 0, entry.effective_at, sequence, _held_since(entry))
     return _Effect(realized, _checked(opened), _close(entry, sequence, after, held))
 
 
@@ -276,7 +280,7 @@ def _shift(held: Position | None, entry: LedgerEntry, sequence: int, change: Dec
 
     Recorded entries pass through unchanged: what was realised once leaves nothing to realise.
     """
-    before = held or Position(Decimal(0), 0, 0, 0, entry.effective_at, sequence)
+    before = held or Position(Decimal(0), 0, 0, 0, entry.effective_at, sequence, _held_since(entry))
     realized = entry.realized
     quantity, cost = before.quantity + change, before.cost + realized - entry.amount
     if not quantity or (cost and (cost > 0) != (quantity > 0)):
@@ -301,6 +305,10 @@ def _close(entry: LedgerEntry, sequence: int, after: Position, held: Position) -
         opened_sequence=held.opened_sequence,
         closed_sequence=sequence,
     )
+
+
+def _held_since(entry: LedgerEntry) -> datetime:
+    return max(entry.effective_at, entry.recorded_at)
 
 
 def _moves_position(entry: LedgerEntry) -> bool:

@@ -79,7 +79,7 @@ class BadgeEvidence:
     nav: Decimal | None = strawberry.field(description="NAV.")
     symbol: str | None = strawberry.field(description="HELD: the position that was held so long.")
     opened_at: datetime | None = strawberry.field(description="HELD: when its cycle began.")
-    since: datetime | None = strawberry.field(description="Where the window began.")
+    since: datetime | None = strawberry.field(description="Where the window began; HELD: since when it is held.")
     until: datetime | None = strawberry.field(description="Where the window ended.")
 
 
@@ -89,9 +89,10 @@ class BadgeProgress:
     predicate: BadgePredicate = strawberry.field(
         description=(
             "What is counted. FILLS: fills that were not reversed. STREAK: profitable closes in a row. SECTORS: "
-            "sectors above the rule's minimum weight at the last fill. HELD: days since the oldest open position was "
-            "opened. NAV: NAV. SECTOR_PROFITS: sectors with positive P&L over the window. SHARPE: the Sharpe ratio "
-            "over the window. The last two are of the last session close."
+            "sectors above the rule's minimum weight at the last fill. HELD: days since the fill that opened the "
+            "oldest open position was executed and booked, whichever was later. NAV: NAV. SECTOR_PROFITS: sectors "
+            "with positive P&L over the window. SHARPE: the Sharpe ratio over the window. The last two are of the "
+            "last session close."
         )
     )
     figure: Decimal | None = strawberry.field(description="What it has reached now; null while that is unknown.")

@@ -39,7 +39,7 @@ class Moment:
 
 @dataclass
 class Cycle:
-    opened_at: datetime
+    held_since: datetime
     realized: int = 0
     fees: int = 0
 
@@ -94,17 +94,17 @@ class Scan:
         is_trade = entry.kind is LedgerKind.FILL and entry.reverses is None
         has_ended = before != 0 and (after == 0 or (is_trade and (before > 0) != (after > 0)))
         if before == 0 and after != 0:
-            self.cycles[symbol] = Cycle(entry.effective_at)
+            self.cycles[symbol] = Cycle(held_from(entry))
         if symbol in self.cycles:
             self.cycles[symbol].realized += entry.realized
             self.cycles[symbol].fees += entry.fee
         if has_ended:
             cycle = self.cycles.pop(symbol)
-            self.reach("held days", days(entry.recorded_at - cycle.opened_at))
+            self.reach("held days", days(entry.recorded_at - cycle.held_since))
             if is_trade:
                 self.streak = self.streak + 1 if cycle.realized - cycle.fees > 0 else 0
             if after != 0:
-                self.cycles[symbol] = Cycle(entry.effective_at)
+                self.cycles[symbol] = Cycle(held_from(entry))
 
     def values(self, prices: Prices) -> dict[str, int]:
         return {
@@ -136,7 +136,12 @@ class Scan:
         if all(symbol in prices for symbol, quantity in self.quantity.items() if quantity):
             self.reach("nav", Fraction(self.cash + sum(self.values(prices).values()), 1_000_000))
         for cycle in self.cycles.values():
-            self.reach("held days", days(at - cycle.opened_at))
+            self.reach("held days", days(at - cycle.held_since))
+
+
+def held_from(entry: LedgerEntry) -> datetime:
+    """Nobody holds what was not bought yet, and nobody has held for long what was told of a moment ago."""
+    return entry.recorded_at if entry.recorded_at > entry.effective_at else entry.effective_at
 
 
 def days(time: timedelta) -> Fraction:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 import asyncpg
@@ -24,7 +25,7 @@ from engine.messages import (
     quote_encoder,
     quote_frame_encoder,
 )
-from engine.runtime.clock import WallClock
+from engine.runtime.clock import Clock, WallClock
 from engine.runtime.connections import connect_redis, postgres_dsn
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
@@ -126,10 +127,20 @@ async def eventually(
     pytest.fail(f"not within {timeout_s} s; last seen: {await last()}")
 
 
+@dataclass(frozen=True)
+class EarlierClock:
+    """A clock that is behind: what is booked by it was booked then."""
+
+    ago: timedelta
+
+    def now_ns(self) -> int:
+        return WallClock().now_ns() - self.ago // timedelta(microseconds=1) * 1_000
+
+
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Evaluator]:
+async def running(settings: Settings, clock: Clock | None = None) -> AsyncIterator[Evaluator]:
     stop = asyncio.Event()
-    evaluator = Evaluator(settings, WallClock())
+    evaluator = Evaluator(settings, clock or WallClock())
     task = asyncio.create_task(evaluator.run(stop))
     try:
         yield evaluator

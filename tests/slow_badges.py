@@ -2,7 +2,8 @@
 
 fills    + 1 for each fill, − 1 for each reversal of one
 close    a fill brings a position to zero or through it; profitable when what the cycle realised is above its fees
-held     a cycle's position, from the execution of its first fill to the fill that ends it
+held     a cycle's position, from the execution or the booking of its first fill, whichever is later, until the fill
+         that ends it is booked
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Row = Mapping[str, Any]
 class Cycle:
     symbol: str
     opened_at: datetime
+    held_since: datetime
     shares: Decimal
     realized: Decimal = Decimal(0)
     fees: Decimal = Decimal(0)
@@ -84,7 +86,7 @@ def trade(open_: dict[str, Cycle], row: Row) -> list[Cycle]:
         shares = -shares
     cycle = open_.get(symbol)
     if cycle is None:
-        open_[symbol] = Cycle(symbol, row["effective_at"], shares, fees=row["fee"], paid=-row["amount"])
+        open_[symbol] = Cycle(symbol, row["effective_at"], held_from(row), shares, fees=row["fee"], paid=-row["amount"])
         return []
     before, cycle.shares = cycle.shares, cycle.shares + shares
     cycle.realized += row["realized"]
@@ -96,8 +98,12 @@ def trade(open_: dict[str, Cycle], row: Row) -> list[Cycle]:
     cycle.ended_at, cycle.ended_sequence = row["recorded_at"], row["sequence"]
     del open_[symbol]
     if rest:
-        open_[symbol] = Cycle(symbol, row["effective_at"], rest)
+        open_[symbol] = Cycle(symbol, row["effective_at"], held_from(row), rest)
     return [cycle]
+
+
+def held_from(row: Row) -> datetime:
+    return sorted([row["effective_at"], row["recorded_at"]])[1]
 
 
 def ratio(text: str | None) -> Decimal:

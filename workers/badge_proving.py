@@ -73,7 +73,7 @@ class BadgeProving:
 
     def take(self, shard: int, portfolio: LoadedPortfolio, states: States) -> None:
         """A portfolio that the Book has just taken in, with what it has met."""
-        oldest = min((position.opened_at for position in portfolio.positions.values()), default=None)
+        oldest = min((position.held_since for position in portfolio.positions.values()), default=None)
         slot = self._host.book.slot(portfolio.portfolio_id)
         self.book.open(portfolio.portfolio_id, shard, slot, states, oldest)
 

@@ -1,4 +1,5 @@
-"""What badges rest on: the classification that each shard was last looked at with; streaks that end at reversals."""
+"""What badges rest on: the classification that each shard was last looked at with; streaks that end at reversals; since
+when a position is held, whatever its fill says of itself."""
 
 from __future__ import annotations
 
@@ -32,8 +33,17 @@ _COUNT_STREAKS = """
     ) AS counted WHERE portfolio.id = counted.portfolio_id AND portfolio.streak <> counted.streak
 """
 
+_HOLD = """
+    UPDATE position SET held_since = greatest(position.opened_at, entry.recorded_at) FROM ledger_entry AS entry
+    WHERE entry.portfolio_id = position.portfolio_id AND entry.sequence = opened_sequence
+"""
+
 
 def upgrade() -> None:
     # 0: what was loaded while nobody was there is looked at once by the next owner of each shard.
     op.add_column("shard", sa.Column("classified_arrival", sa.BigInteger, nullable=False, server_default="0"))
     op.execute(_COUNT_STREAKS)
+    op.add_column("position", sa.Column("held_since", sa.DateTime(timezone=True)))
+    op.execute(_HOLD)
+    op.execute("UPDATE position SET held_since = opened_at WHERE held_since IS NULL")
+    op.alter_column("position", "held_since", nullable=False)

@@ -25,7 +25,7 @@ _AWARDS = """
     SELECT badge_id, version, awarded_at, active, evidence FROM badge_award WHERE portfolio_id = $1
 """
 _COUNTS = """
-    SELECT ledger_sequence, fills, streak, (SELECT min(opened_at) FROM position WHERE portfolio_id = $1)
+    SELECT ledger_sequence, fills, streak, (SELECT min(held_since) FROM position WHERE portfolio_id = $1)
     FROM portfolio WHERE id = $1
 """
 _AFTER = """

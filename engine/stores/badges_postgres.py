@@ -64,10 +64,10 @@ _WRITE_OUTBOX = """
 _CLASSIFIED = "SELECT classified_arrival FROM shard WHERE id = $1"
 _NOTE_CLASSIFIED = "UPDATE shard SET classified_arrival = $2 WHERE id = $1 AND classified_arrival < $2"
 _OLDEST = """
-    SELECT DISTINCT ON (portfolio_id) portfolio_id, symbol, position.opened_at, ledger_sequence
+    SELECT DISTINCT ON (portfolio_id) portfolio_id, symbol, position.opened_at, held_since, ledger_sequence
     FROM position JOIN portfolio ON portfolio.id = portfolio_id
     WHERE portfolio_id = ANY($1::text[]) AND shard = $2
-    ORDER BY portfolio_id, position.opened_at, symbol
+    ORDER BY portfolio_id, held_since, symbol
 """
 
 

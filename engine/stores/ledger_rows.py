@@ -23,7 +23,7 @@ ENTRY_COLUMNS = LedgerEntry.__slots__
 _ENTRY_MONEY = frozenset({"amount", "fee", "receivable", "realized", "cost", "nav_effect", "cash_after", "nav_before"})
 _SUMS = ("cash", "receivables", "realized", "fees", "income", "flows", "trading", "corporate")
 _COUNTS = ("fills", "streak")
-_POSITION = ("quantity", "cost", "realized", "fees", "opened_at", "opened_sequence")
+_POSITION = ("quantity", "cost", "realized", "fees", "opened_at", "opened_sequence", "held_since")
 
 _WRITE_PORTFOLIOS = (
     "UPDATE portfolio SET "  # noqa: S608 - the columns are ours
@@ -36,12 +36,13 @@ _WRITE_PORTFOLIOS = (
     + ") WHERE portfolio.id = new.id"
 )
 _WRITE_POSITIONS = """
-    INSERT INTO position (portfolio_id, symbol, quantity, cost, realized, fees, opened_at, opened_sequence)
+    INSERT INTO position (portfolio_id, symbol, quantity, cost, realized, fees, opened_at, opened_sequence,
+        held_since)
     SELECT * FROM unnest($1::text[], $2::text[], $3::numeric[], $4::numeric[], $5::numeric[], $6::numeric[],
-        $7::timestamptz[], $8::bigint[])
+        $7::timestamptz[], $8::bigint[], $9::timestamptz[])
     ON CONFLICT (portfolio_id, symbol) DO UPDATE SET quantity = excluded.quantity, cost = excluded.cost,
         realized = excluded.realized, fees = excluded.fees, opened_at = excluded.opened_at,
-        opened_sequence = excluded.opened_sequence
+        opened_sequence = excluded.opened_sequence, held_since = excluded.held_since
 """
 _CLOSE_POSITIONS = """
     DELETE FROM position USING unnest($1::text[], $2::text[]) AS flat (portfolio_id, symbol)
@@ -197,4 +198,5 @@ def position_of(row: Any) -> Position:
         to_micro(row.fees),
         row.opened_at,
         row.opened_sequence,
+        row.held_since,
     )

@@ -44,7 +44,7 @@ QuoteOf = Callable[[str], Priced | None]
 _POSITIONS = """
     SELECT portfolio_id, symbol, quantity, (position.cost * 1000000)::bigint AS cost,
         (position.realized * 1000000)::bigint AS realized, (position.fees * 1000000)::bigint AS fees,
-        position.opened_at, opened_sequence
+        position.opened_at, opened_sequence, held_since
     FROM position JOIN portfolio ON portfolio.id = portfolio_id WHERE portfolio.shard = $1
 """
 # Without a baseline, `sequence` is that of the last entry at the cut: found from the newest one backwards.
@@ -147,6 +147,7 @@ def _position(row: asyncpg.Record) -> Position:
         row["fees"],
         row["opened_at"],
         row["opened_sequence"],
+        row["held_since"],
     )
 
 

@@ -133,6 +133,7 @@ position = Table(
     Column("fees", MONEY, nullable=False),
     Column("opened_at", INSTANT, nullable=False),
     Column("opened_sequence", BigInteger, nullable=False),
+    Column("held_since", INSTANT, nullable=False),
     CheckConstraint("quantity <> 0", name="position_open"),
     _finite("quantity"),
 )

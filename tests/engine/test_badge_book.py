@@ -136,8 +136,9 @@ class BadgeBookkeeping(Bookkeeping):
         for name in names:
             held = self.folded[name].positions
             if held:
-                symbol = min(held, key=lambda of: held[of].opened_at)
-                oldest = OldestPosition(name, symbol, held[symbol].opened_at, len(self.entries[name]))
+                symbol = min(held, key=lambda of: held[of].held_since)
+                first = held[symbol]
+                oldest = OldestPosition(name, symbol, first.opened_at, first.held_since, len(self.entries[name]))
                 proofs = self.badges.held_long(oldest, self.now)
                 self.store(proofs)
                 self.badges.accept(proofs)
@@ -149,7 +150,7 @@ class BadgeBookkeeping(Bookkeeping):
         for name, held in self.folded.items():
             if self.shard_of(name) == shard:
                 assert name not in self.badges
-                oldest = min((position.opened_at for position in held.positions.values()), default=None)
+                oldest = min((position.held_since for position in held.positions.values()), default=None)
                 self.badges.open(name, shard, self.book.slot(name), self.stored.get(name), oldest)
 
 
@@ -288,7 +289,7 @@ def test_evidence_is_never_too_large_to_be_told() -> None:
         names = [f"{n:064}" for n in range(count)]
         held = _Sectors(lambda symbol: "sector " + symbol)
         for name in names:
-            held.move(name, Position(Decimal(1), 1, 0, 0, AT, 1), Decimal("999999.999999"))
+            held.move(name, Position(Decimal(1), 1, 0, 0, AT, 1, AT), Decimal("999999.999999"))
         evidence = held.evidence(transition, Book(), dict.fromkeys(names, Decimal("999999.999999")), "e", 1)
         assert (evidence.prices is None) is (count > EVIDENCE_PRICES_MAX)
         sizes.append(len(badge_message_encoder.encode(Proof("p", transition, evidence).message)))

@@ -58,7 +58,7 @@ def test_a_batch_without_effect_changes_nothing() -> None:
 
 def test_instants_are_kept_to_the_microsecond() -> None:
     instant = datetime(2026, 11, 20, 15, 0, 0, 999_999, tzinfo=UTC)
-    held = Position(Decimal(1), 2, 3, 5, instant, 6)
+    held = Position(Decimal(1), 2, 3, 5, instant, 6, instant)
     split = Split(instant, Fraction(3, 2))
     assert hot_position(held, 4, (split,)) == HotPosition(
         "1", 2, 3, 4, to_ns(instant), 5, 6, ((to_ns(instant), "3:2"),)

@@ -70,17 +70,18 @@ def test_holding_for_thirty_days_is_awarded_and_nothing_shorter(recorded: Record
     days, ends_at = timedelta(days=rule(recorded, "diamond_hands")["window_days"]), max(year.closes)
     for name, steps in portfolios(recorded):
         held = [(cycle, cycle.ended_at or ends_at) for cycle in cycles(steps)]
-        dues = [cycle.opened_at + days for cycle, until in held if until - cycle.opened_at >= days + SOON]
+        dues = [cycle.held_since + days for cycle, until in held if until - cycle.held_since >= days + SOON]
         proved = award(recorded, name, "diamond_hands")
         if proved is None:
             assert not dues, name
             continue
-        opened_at = datetime.fromisoformat(proved["opened_at"])
+        opened_at, since = (datetime.fromisoformat(proved[of]) for of in ("opened_at", "since"))
+        told = (proved["symbol"], opened_at, since)
         assert any(
-            cycle.symbol == proved["symbol"] and cycle.opened_at == opened_at and until - opened_at >= days - SOON
+            (cycle.symbol, cycle.opened_at, cycle.held_since) == told and until - since >= days - SOON
             for cycle, until in held
         ), (name, proved)
-        assert opened_at + days <= proved["awarded_at"] <= min(dues, default=ends_at) + SOON
+        assert since + days <= proved["awarded_at"] <= min(dues, default=ends_at) + SOON
 
 
 def cycles(steps: list[Step]) -> list[Cycle]:

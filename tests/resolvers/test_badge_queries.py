@@ -38,7 +38,11 @@ async def test_every_badge_is_there_with_its_progress(gateway: Gateway, shard: i
     await pool.execute("INSERT INTO asset VALUES ('AAPL', 'Apple', 'EQUITY', 'Information Technology', '')")
     opened_at = await pool.fetchval("SELECT now()") - timedelta(days=12, hours=1)
     await pool.execute(
-        "INSERT INTO position VALUES ($1, 'AAPL', $2, 100, 0, 0, $3, 1)", portfolio_id, Decimal(1), opened_at
+        "INSERT INTO position VALUES ($1, 'AAPL', $2, 100, 0, 0, $4, 1, $3)",
+        portfolio_id,
+        Decimal(1),
+        opened_at,
+        opened_at - timedelta(days=100),
     )
     await gateway.redis.point(shard, 1)
     await gateway.redis.marks(shard, 1, {portfolio_id: MarkRow(nav=123 * MICRO)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -202,8 +202,10 @@ async def test_a_split_proves_in_its_own_transaction(proving: Proving) -> None:
 
 async def test_the_oldest_position_is_read_where_it_is_proved(proving: Proving) -> None:
     events = five_sectors()
-    events[2]["executed_at"] = "2026-10-01T00:00:00Z"
+    events[2]["executed_at"] = "2026-10-01T00:00:00Z"  # which is no reason to believe that it was
     await proving.send(*numbered(*events, opening("p-2")))
+    executed_at, since = datetime(2026, 10, 1, tzinfo=UTC), AT - timedelta(days=50)
+    await proving.books.admin.execute("UPDATE position SET held_since = $1 WHERE symbol = 'XOM'", since)
     store = BadgesStore(proving.books.engine, TOPIC)
     oldest, proofs = await store.prove_held(
         proving.books.leases[0], ["p-1", "p-2", "none"], lambda one: proving.badges.held_long(one, AT)
@@ -211,6 +213,7 @@ async def test_the_oldest_position_is_read_where_it_is_proved(proving: Proving) 
     assert [(one.portfolio_id, one.symbol, one.ledger_sequence) for one in oldest] == [("p-1", "XOM", 6)]
     held = (await proving.outbox())[-1]
     assert (held.badge_id, held.evidence.symbol, held.evidence.figure) == ("diamond_hands", "XOM", "50")
+    assert (held.evidence.opened_at, held.evidence.since) == (executed_at, since)
     assert len(proofs) == 1
 
 
@@ -290,4 +293,16 @@ async def test_the_migration_counts_what_the_ledgers_come_to(proving: Proving) -
     ):
         for name in statements:
             await proving.books.admin.execute(runpy.run_path(f"alembic/versions/{migration}.py")[name])
+    assert [tuple(row) for row in await proving.books.admin.fetch(kept)] == booked
+
+
+async def test_the_migration_says_since_when_positions_are_held(proving: Proving) -> None:
+    long_ago = fill("p-1", "BUY", "1", "10", "b1") | {"executed_at": "2026-10-01T00:00:00Z"}
+    soon = fill("p-1", "BUY", "1", "10", "b2", "XOM") | {"executed_at": "2026-12-31T00:00:00Z"}
+    await proving.send(*numbered(opening("p-1"), long_ago, soon))
+    kept = "SELECT symbol, held_since FROM position ORDER BY symbol"
+    booked = [tuple(row) for row in await proving.books.admin.fetch(kept)]
+    assert booked == [("AAPL", AT), ("XOM", datetime(2026, 12, 31, tzinfo=UTC))]
+    await proving.books.admin.execute("UPDATE position SET held_since = 'epoch'")
+    await proving.books.admin.execute(runpy.run_path("alembic/versions/0006_badge_truth.py")["_HOLD"])
     assert [tuple(row) for row in await proving.books.admin.fetch(kept)] == booked

@@ -327,7 +327,7 @@ async def test_a_class_is_held_when_it_was_filled_in_the_span_or_is_held_now(poo
     assert await reads.has_held("h-1", AssetClass.CRYPTO, 0, 2)
     assert not await reads.has_held("h-1", AssetClass.CRYPTO, 1, 2)
     assert not await reads.has_held("h-1", AssetClass.COMMODITY, 0, 2)
-    await pool.execute("INSERT INTO position VALUES ('h-1', 'H-BTC', 1, 1, 0, 0, now(), 1)")
+    await pool.execute("INSERT INTO position VALUES ('h-1', 'H-BTC', 1, 1, 0, 0, now(), 1, now())")
     assert await reads.has_held("h-1", AssetClass.CRYPTO, 1, 2)
 
 

@@ -17,7 +17,7 @@ from engine.runtime.clock import WallClock
 from engine.runtime.settings import Settings
 from engine.stores.assets_postgres import upsert_assets
 from engine.stores.badges_postgres import sync_rules
-from tests.running_system import AT, System, connected, deposit, fill, opening, running, until_answered
+from tests.running_system import AT, EarlierClock, System, connected, deposit, fill, opening, running, until_answered
 from workers.badge_commands import verify_badges
 from workers.badges import run_badges
 
@@ -44,10 +44,15 @@ async def system(redis_db: str, fresh_database: str, kafka_bootstrap: str, topic
 
 
 @asynccontextmanager
-async def awarding(settings: Settings) -> AsyncIterator[None]:
+async def awarding(system: System) -> AsyncIterator[None]:
+    """Portfolio p-3 has bought something 40 days ago."""
+    settings = system.settings
     stop = asyncio.Event()
     task = asyncio.create_task(run_badges(settings, WallClock(), stop))
     try:
+        async with running(settings, EarlierClock(timedelta(days=40))):
+            await system.send(opening("p-3"), held_long("p-3"))
+            await until_answered(lambda: system.pool.fetchval("SELECT count(*) FROM position"))
         async with running(settings):
             yield
     finally:
@@ -89,7 +94,6 @@ async def trade(system: System) -> set[tuple[str, str, bool]]:
     # Two sectors are left: it lapses.
     await system.send(*[fill("p-1", "SELL", "5", "90", f"z{number}", symbol=f"S{number}") for number in range(3)])
     await system.send(opening("p-2"), deposit("p-2", "2000000", "d2"), fill("p-2", "BUY", "1", "10", "w", symbol="S1"))
-    await system.send(opening("p-3"), held_long("p-3"))
     return {
         ("p-1", "first_fill", True),
         ("p-1", "diversified", False),
@@ -102,7 +106,7 @@ async def trade(system: System) -> set[tuple[str, str, bool]]:
 
 
 async def test_what_the_pipeline_awards_comes_out_again(system: System) -> None:
-    async with awarding(system.settings):
+    async with awarding(system):
         for number in range(5):
             await system.quote(f"S{number}", "105")
         expected = await trade(system)
@@ -117,7 +121,7 @@ async def test_what_the_pipeline_awards_comes_out_again(system: System) -> None:
 
 
 async def test_a_forged_a_changed_and_a_missing_award_are_named(system: System) -> None:
-    async with awarding(system.settings):
+    async with awarding(system):
         expected = await trade(system)
         assert expected
 
@@ -165,7 +169,7 @@ async def test_a_forged_a_changed_and_a_missing_award_are_named(system: System) 
     ],
 )
 async def test_a_proof_that_was_changed_does_not_come_out(system: System, badge: str, old: str, new: str) -> None:
-    async with awarding(system.settings):
+    async with awarding(system):
         for number in range(5):
             await system.quote(f"S{number}", "105")
         expected = await trade(system)

@@ -15,10 +15,11 @@ from engine.badges import BadgeEventKind, BadgeMessage, badge_message_decoder, l
 from engine.runtime.settings import Settings
 from engine.stores.badges_postgres import sync_rules
 from engine.stores.ledger_postgres import Fenced
-from tests.running_system import System, connected, deposit, fill, opening, running, until, until_answered
+from tests.running_system import EarlierClock, System, connected, deposit, fill, opening, running, until, until_answered
 from workers.catalogue import load_assets
 
 MONTH = timedelta(days=30)
+ALMOST_A_MONTH_AGO = EarlierClock(MONTH - timedelta(seconds=8))
 
 
 @pytest.fixture
@@ -53,6 +54,10 @@ async def when(system: System, event_id: str, timeout_s: float = 15) -> BadgeMes
 
 def bought(name: str, opened_at: datetime, event_id: str, quantity: str = "1") -> Any:
     return msgspec.structs.replace(fill(name, "BUY", quantity, "100", event_id), executed_at=opened_at)
+
+
+async def booked_at(system: System, event_id: str) -> datetime:
+    return await system.pool.fetchval("SELECT recorded_at FROM ledger_entry WHERE event_id = $1", event_id)
 
 
 async def test_a_nav_is_proved_by_the_flush_that_reaches_it(system: System) -> None:
@@ -100,25 +105,42 @@ async def test_a_nav_that_its_finder_could_not_write_is_found_by_the_next_owner(
 
 
 async def test_a_position_is_proved_when_it_is_old_enough(system: System) -> None:
-    soon = datetime.now(UTC) - MONTH + timedelta(seconds=3)
-    async with running(system.settings):
-        await system.send(opening("p-1"), bought("p-1", soon, "b1"), bought("p-1", soon + timedelta(days=1), "b2"))
-        await system.send(opening("p-2"), bought("p-2", soon, "c1"))
-        await system.send(fill("p-2", "SELL", "1", "100", "c2"))
+    executed_at = datetime.now(UTC) - 2 * MONTH
+    async with running(system.settings, ALMOST_A_MONTH_AGO):
+        await system.send(opening("p-1"), bought("p-1", executed_at, "b1"), opening("p-2"))
+        await system.send(bought("p-2", executed_at, "c1"))
+        await when(system, "first_fill:1#p-1#1")
         await when(system, "first_fill:1#p-2#1")
+    since = await booked_at(system, "b1")
+    async with running(system.settings):
+        await system.send(bought("p-1", executed_at, "b2"), fill("p-2", "SELL", "1", "100", "c2"))
+        await system.mark_when("p-2", lambda mark: mark.ledger_sequence == 3)
+        assert datetime.now(UTC) < since + MONTH, "the machine is too slow for this test"
         assert "diamond_hands:1#p-1#1" not in await proved(system)
         held = await when(system, "diamond_hands:1#p-1#1")
-    assert soon + MONTH <= held.at <= soon + MONTH + timedelta(seconds=2)
-    assert (held.evidence.symbol, held.evidence.opened_at, held.evidence.figure) == ("AAPL", soon, "30")
+    assert since + MONTH <= held.at <= since + MONTH + timedelta(seconds=2)
+    evidence = held.evidence
+    assert (evidence.symbol, evidence.opened_at, evidence.since, evidence.figure) == ("AAPL", executed_at, since, "30")
     assert not [event_id for event_id in await proved(system) if event_id.startswith("diamond_hands:1#p-2")]
 
 
+async def test_nobody_has_held_for_long_what_was_told_of_a_moment_ago(system: System) -> None:
+    """A fill says itself when it was executed; what is said to be long ago, and closed at once, was not held."""
+    async with running(system.settings) as evaluator:
+        await system.send(opening("p-1"), bought("p-1", datetime.now(UTC) - 2 * MONTH, "b1"), opening("p-2"))
+        await system.send(fill("p-1", "SELL", "1", "100", "s1"), bought("p-2", datetime.now(UTC) - 2 * MONTH, "b2"))
+        await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 3)
+        await system.mark_when("p-2", lambda mark: mark.ledger_sequence == 2)
+        shard = await system.shard_of("p-2")
+        due_at = evaluator.badges.book.next_due(shard)
+        assert due_at is not None and abs(due_at - datetime.now(UTC) - MONTH) < timedelta(minutes=1)
+    assert sorted(await proved(system)) == ["first_fill:1#p-1#1", "first_fill:1#p-2#1"]
+
+
 async def test_a_due_date_survives_a_take_over(system: System) -> None:
-    soon = datetime.now(UTC) - MONTH + timedelta(seconds=4)
-    async with running(system.settings):
-        await system.send(opening("p-1"), bought("p-1", soon, "b1"))
+    async with running(system.settings, ALMOST_A_MONTH_AGO):
+        await system.send(opening("p-1"), bought("p-1", datetime.now(UTC) - 2 * MONTH, "b1"))
         await when(system, "first_fill:1#p-1#1")
-    assert datetime.now(UTC) < soon + MONTH, "the machine is too slow for this test"
     async with running(system.settings) as second:
         await when(system, "diamond_hands:1#p-1#1")
         await until(lambda: "diamond_hands" in second.badges.book.states("p-1"))

@@ -134,7 +134,7 @@ async def invest(ledger: LedgerBuilder, prices_at_close: dict[str, str], bought_
         )
         await ledger.fill(name, number, symbol)
         await ledger.pool.execute(
-            "INSERT INTO position VALUES ($1, $2, 10, 1000, 0, 1, $3, $4)", name, symbol, OPENED_AT, number
+            "INSERT INTO position VALUES ($1, $2, 10, 1000, 0, 1, $3, $4, $3)", name, symbol, OPENED_AT, number
         )
         await ledger.pool.execute("DELETE FROM price_close WHERE symbol = $1", symbol)
         await price(ledger, symbol, SINCE, "100")
