@@ -92,7 +92,7 @@ class _Evaluator:
         slots = np.arange(len(self._load.held))
         self._book.cash[slots] = -self._book.positions_value[slots]
         begun_ns = time.process_time_ns()
-        self._badges.rich(slots, self._book, OPENED_AT, BATCH_COUNT)
+        self._badges.rich(slots, self._book, OPENED_AT)
         return (time.process_time_ns() - begun_ns) / 1_000 / len(slots)
 
     def _fill(self, number: int) -> Followed:

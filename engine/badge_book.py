@@ -6,8 +6,9 @@
     after a reclassification                  the sectors of those who hold the asset
 
 What is found is a Proof. It counts from the commit of the transaction that writes it: `accept` takes it in, nothing
-else changes what is known, and all of it is read again with the shard. NAVs and due dates that were found are not
-found again before they were accepted or given back.
+else changes what is known, and all of it is read again with the shard. A due date that was found is not
+found again before it was accepted or given back; a NAV not before it was accepted, or reaches what a further rule asks
+for.
 
 HELD goes by the book time: a position is held from `held_since` (engine.portfolio) to the instant at which the entry
 that ended its cycle was booked. A due date is that of the oldest position when it was last looked at; when that one is
@@ -169,11 +170,11 @@ class BadgeBook:
 
     # -- at flush --------------------------------------------------------------------------------------------
 
-    def rich(self, slots: Int64s, book: Book, at: datetime, count_max: int) -> tuple[list[Proof], Int64s]:
-        """Proofs for those of the slots whose NAV has reached what a rule asks for, of at most `count_max` portfolios;
-        and the slots that are left for another time."""
+    def rich(self, slots: Int64s, book: Book, at: datetime) -> list[Proof]:
+        """Proofs for all of the slots whose NAV has reached what a rule asks for: it may be less again a moment later,
+        and each portfolio comes here once for each rule."""
         if not self._nav_rules or not len(slots):
-            return [], slots[:0]
+            return []
         nav = book.cash[slots] + book.receivables[slots] + book.positions_value[slots]
         unpriced = book.quality_count[MarkQuality.MISSING][slots] > 0
         # A portfolio that was taken in by the Book and not here yet has no bound to reach.
@@ -182,27 +183,36 @@ class BadgeBook:
         bounds[known_here] = self._nav_bound[slots[known_here]]
         reached = slots[(nav >= bounds) & ~unpriced]
         proofs: list[Proof] = []
-        for portfolio_id in book.portfolio_ids(reached[:count_max]):
+        prices: dict[str, str | None] = {}
+        for portfolio_id in book.portfolio_ids(reached):
             known = self._known[portfolio_id]
-            self._nav_bound[known.slot] = OUT_OF_REACH
-            proofs += self._rich(portfolio_id, known, book, at)
-        return proofs, reached[count_max:]
+            proofs += self._rich(portfolio_id, known, book, at, prices)
+        return proofs
 
-    def _rich(self, portfolio_id: str, known: _Known, book: Book, at: datetime) -> list[Proof]:
+    def _rich(
+        self, portfolio_id: str, known: _Known, book: Book, at: datetime, prices: dict[str, str | None]
+    ) -> list[Proof]:
+        """`prices`: as text, as far as others needed them."""
         nav, sequence = book.nav(portfolio_id), int(book.ledger_sequence[known.slot])
-        prices = _bounded({symbol: _text(book.price(symbol)) for symbol, _ in book.values(portfolio_id)})
+        self._nav_bound[known.slot] = self._next_nav(known, nav)
+        found = transitions([rule for rule, _ in self._nav_rules], known.states, Facts(nav=nav), at)
+        if not found:
+            return []
+        symbols = [symbol for symbol, _ in book.values(portfolio_id)]
+        for symbol in symbols:
+            if symbol not in prices:
+                prices[symbol] = _text(book.price(symbol))
+        held = _bounded({symbol: prices[symbol] for symbol in symbols})
         return [
-            Proof(
-                portfolio_id,
-                one,
-                _evidence(one, ledger_sequence=sequence, nav=plain(from_micro(nav)), prices=prices),
-            )
-            for one in transitions([rule for rule, _ in self._nav_rules], known.states, Facts(nav=nav), at)
+            Proof(portfolio_id, one, _evidence(one, ledger_sequence=sequence, nav=plain(from_micro(nav)), prices=held))
+            for one in found
         ]
 
-    def _next_nav(self, known: _Known) -> int:
+    def _next_nav(self, known: _Known, above: int = -OUT_OF_REACH) -> int:
+        """The least NAV that proves anything; `above` the one whose proofs are under way."""
         return min(
-            (bound for rule, bound in self._nav_rules if rule.badge_id not in known.states), default=OUT_OF_REACH
+            (bound for rule, bound in self._nav_rules if bound > above and rule.badge_id not in known.states),
+            default=OUT_OF_REACH,
         )
 
     # -- by due date -----------------------------------------------------------------------------------------

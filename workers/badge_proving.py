@@ -6,7 +6,8 @@
                the holders of assets that have come to another sector
 
 Memory follows the ledger: after a failure of which nobody knows whether it was committed, the same is written again,
-and counts once. What a process found and had not written when it died is found again by the next owner, who flushes
+and counts once. A NAV that was reached is kept until it is written, also when the shard is read again meanwhile and the
+NAV is less by then. What a process found and had not written when it died is found again by the next owner, who flushes
 every row at take-over and loads every due date. The ledger says of each shard up to which version of the assets its
 badges were looked at: what was loaded since, whoever was there or nobody, is looked at by whoever owns the shard.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -33,8 +35,7 @@ from engine.stores.shard_loading import LoadedPortfolio
 from workers.owned_shard import OwnedShard
 from workers.sector_map import SectorMap
 
-# How many portfolios one flush, and one transaction, proves anything for; the others have their turn right after.
-PER_FLUSH_MAX = 500
+# How much one transaction proves; the rest has its turn right after.
 PER_TRANSACTION_MAX = 500
 
 
@@ -55,8 +56,8 @@ class BadgeProving:
         self._store = store
         self._host = host
         self.book = BadgeBook()
-        self._found: dict[int, list[Proof]] = {}
-        self._left: dict[int, Int64s] = {}
+        # By shard, in the order in which they were found, and by portfolio and badge: the first one counts.
+        self._found: dict[int, dict[tuple[str, str], Proof]] = {}
         # By shard: the newest version of an asset that its badges were looked at with.
         self._classified: dict[int, int] = {}
 
@@ -78,11 +79,14 @@ class BadgeProving:
         self.book.open(portfolio.portfolio_id, shard, slot, states, oldest)
 
     def drop(self, shard: int) -> None:
-        """Forget a shard; what was found and not written is somebody else's to find."""
+        """Forget a shard's portfolios, to take in what the ledger has; what was found is still true, and kept."""
         self.book.drop_shard(shard)
-        self._found.pop(shard, None)
-        self._left.pop(shard, None)
         self._classified.pop(shard, None)
+
+    def let_go(self, shard: int) -> None:
+        """Forget all of a shard; what was found and not written is somebody else's to find."""
+        self.drop(shard)
+        self._found.pop(shard, None)
 
     # -- with the bookings -----------------------------------------------------------------------------------
 
@@ -100,15 +104,9 @@ class BadgeProving:
 
     def look(self, owned: OwnedShard, slots: Int64s, as_of_ns: int) -> None:
         """Find NAVs that prove something among the rows of a shard that are about to be flushed."""
-        shard = owned.lease.shard
-        left = self._left.pop(shard, None)
-        if left is not None:
-            slots = np.union1d(slots, left)
-        proofs, left = self.book.rich(slots, self._host.book, to_datetime(as_of_ns), PER_FLUSH_MAX)
-        if proofs:
-            self._found.setdefault(shard, []).extend(proofs)
-        if len(left):
-            self._left[shard] = left
+        for proof in self.book.rich(slots, self._host.book, to_datetime(as_of_ns)):
+            place = proof.portfolio_id, proof.transition.rule.badge_id
+            self._found.setdefault(owned.lease.shard, {}).setdefault(place, proof)
 
     # -- between batches -------------------------------------------------------------------------------------
 
@@ -128,9 +126,10 @@ class BadgeProving:
     async def _prove_found(self, owned: OwnedShard) -> None:
         found = self._found.get(owned.lease.shard)
         while found:
-            proofs = found[:PER_TRANSACTION_MAX]
+            proofs = list(islice(found.values(), PER_TRANSACTION_MAX))
             await self._store.prove(owned.lease, proofs)
-            del found[: len(proofs)]
+            for proof in proofs:
+                del found[proof.portfolio_id, proof.transition.rule.badge_id]
             self.book.accept(proofs)
             _count(proofs)
 

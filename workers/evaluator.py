@@ -258,7 +258,7 @@ class Evaluator:
         if leaving := self.owned.pop(number, None):
             self._cuts_kept[number] = leaving
             self.book.drop_shard(number)
-            self.badges.drop(number)
+            self.badges.let_go(number)
             self.actions.drop(number)
             await self.shards.release(leaving.lease)
 

@@ -118,14 +118,13 @@ class BadgeBookkeeping(Bookkeeping):
             known[badge_id] = state
         self.proofs += proofs
 
-    def look(self, per_flush: int = 1) -> None:
-        """Flushes until nothing is left to look at, and whatever is due."""
+    def look(self) -> None:
+        """A flush, and whatever is due."""
         slots = self.book.changed()
-        while len(slots):
-            proofs, slots = self.badges.rich(slots, self.book, self.now, per_flush)
+        while proofs := self.badges.rich(slots, self.book, self.now):
             self.store(proofs)
             self.badges.accept(proofs)
-        self.book.clear(self.book.changed())
+        self.book.clear(slots)
         for shard in range(self.shards_count):
             while names := self.badges.take_due(shard, self.now, 2):
                 self.look_at_positions(names)

@@ -27,11 +27,14 @@ from engine.badges import (
     sectors_above,
     transitions,
 )
+from engine.book import Account, Book, Holding
+from engine.pnl import DayBase
 from engine.sectors import SectorValue
 
 AT = datetime(2026, 11, 20, 15, 0, tzinfo=UTC)
 RULES = {rule.badge_id: rule for rule in load_rules()}
 MILLION = 1_000_000 * 10**6
+ONE = Holding("AAPL", Decimal(1), 100_000_000, 0)
 
 
 def kinds(badge_id: str, facts: Facts, state: BadgeState | None = None, at: datetime = AT) -> list[str]:
@@ -251,6 +254,34 @@ def test_a_rule_that_is_there_twice_is_refused() -> None:
 def held_rule(days: int) -> Rule:
     change = {"badge_id": f"held_{days}", "predicate": "HELD", "threshold": str(days), "window_days": days}
     return parse_rules(msgspec.json.encode([A_RULE | change]))[0]
+
+
+def nav_rule(millions: int) -> Rule:
+    change = {"badge_id": f"worth_{millions}", "predicate": "NAV", "threshold": str(millions * 10**6)}
+    return parse_rules(msgspec.json.encode([A_RULE | change]))[0]
+
+
+def test_nobody_who_was_rich_for_a_moment_is_missed_however_many_they_are() -> None:
+    count, book, badges = 1_500, Book(), BadgeBook([nav_rule(1), nav_rule(2)])
+    book.tick("AAPL", Decimal(900_000), 1)
+    for number in range(count):
+        book.open(f"p-{number}", 0, Account(0, 0, 0, 0, 0, 0, 0, 0, 3, DayBase(0, 1, 0)), [ONE])
+        badges.open(f"p-{number}", 0, book.slot(f"p-{number}"))
+
+    def look(price: int) -> list[tuple[str, str]]:
+        book.tick("AAPL", Decimal(price), 1)
+        proofs = badges.rich(book.slots_of(0), book, AT)
+        assert {(one.evidence.nav, tuple(one.evidence.prices or {})) for one in proofs} <= {(str(price), ("AAPL",))}
+        return [(one.portfolio_id, one.transition.rule.badge_id) for one in proofs]
+
+    assert look(999_999) == []
+    everybody = {f"p-{number}" for number in range(count)}
+    first = look(1_000_000)
+    assert len(first) == count and set(first) == {(name, "worth_1") for name in everybody}
+    assert look(999_000) == look(1_500_000) == [], "they are on their way"
+    # What a further rule asks for is reached while nothing is written yet: the first one comes again, as the same.
+    assert set(look(2_000_000)) == {(name, f"worth_{of}") for name in everybody for of in (1, 2)}
+    assert look(2_000_000) == []
 
 
 def test_due_dates_that_come_nearer_leave_no_heap_behind() -> None:

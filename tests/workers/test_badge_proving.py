@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.badges import BadgeEventKind, BadgeMessage, badge_message_decoder, load_rules
+from engine.badges import BadgeEventKind, BadgeMessage, Proof, badge_message_decoder, load_rules
 from engine.runtime.settings import Settings
 from engine.stores.badges_postgres import sync_rules
-from engine.stores.ledger_postgres import Fenced
+from engine.stores.ledger_postgres import Fenced, Lease
 from tests.running_system import EarlierClock, System, connected, deposit, fill, opening, running, until, until_answered
 from workers.catalogue import load_assets
 
@@ -102,6 +102,30 @@ async def test_a_nav_that_its_finder_could_not_write_is_found_by_the_next_owner(
     assert "whale:1#p-1#1" not in await proved(system)
     async with running(system.settings):
         await when(system, "whale:1#p-1#1")
+
+
+async def test_a_nav_that_fell_before_it_was_written_is_proved_all_the_same(system: System) -> None:
+    async with running(system.settings) as evaluator:
+        prove, is_away = evaluator.badges._store.prove, True
+
+        async def sometimes(lease: Lease, proofs: Sequence[Proof]) -> None:
+            if is_away:
+                raise ConnectionError("PostgreSQL is away")
+            await prove(lease, proofs)
+
+        evaluator.badges._store.prove = sometimes  # type: ignore[method-assign]
+        await system.quote("AAPL", "1000000")
+        await system.send(opening("p-1"), deposit("p-1", "100", "d"), fill("p-1", "BUY", "1", "100", "b"))
+        await until(lambda: any(evaluator.badges._found.values()))
+        await system.quote("AAPL", "5")
+        await system.mark_when("p-1", lambda mark: mark.nav == 5_000_000)
+        before = evaluator.owned[await system.shard_of("p-1")]
+        evaluator.load_again(before)
+        await until(lambda: evaluator.owned[before.lease.shard] is not before)
+        assert "whale:1#p-1#1" not in await proved(system)
+        is_away = False
+        assert (await when(system, "whale:1#p-1#1")).evidence.nav == "1000000"
+        await until(lambda: not any(evaluator.badges._found.values()))
 
 
 async def test_a_position_is_proved_when_it_is_old_enough(system: System) -> None:
