@@ -9,16 +9,22 @@ reached the entry that its evidence names:
     SECTORS         the positions at the evidence's prices (null: at cost), by the classification in force at `at`, give
                     the evidence's sectors, and these the figure that the kind of the event asks for
     NAV             cash, receivables and the positions at the evidence's prices give NAV
+    SHARPE,         the close is one, and its snapshots, as far as they are kept, prove the same again (`check_daily`)
+    SECTOR_PROFITS
 
-Which prices the market had is the evidence's own word: only full hours and closes are recorded. SHARPE and
-SECTOR_PROFITS follow from snapshots and are checked by who reads these (`check_daily`).
+What is proved with an entry is of its instant. What is proved between two entries is of an instant between theirs,
+give or take the lag with which an evaluator learns of things. Which prices the market had is the evidence's own word:
+only full hours and closes are recorded.
 
     FORGED    an award or event that nobody has proved
     WRONG     a proof that does not come out again
     DIFFERS   an award that is not what its events say
-    LOST      proved, and neither awarded nor on its way
-    MISSING   deserved by the current rule of FILLS, STREAK or HELD, and not proved. A rule counts from the first fill
-              after it was made known, or from the day that a position is old enough: until then it may be MISSING.
+    LOST      proved, and neither awarded nor on its way; or a gap in the numbers of the portfolio's badge events
+    MISSING   deserved by the current rule, and not proved. The ledger tells of FILLS, STREAK and HELD. Snapshots tell
+              of NAV, when they show it for longer than the lag, and the close before the last one of SHARPE and
+              SECTOR_PROFITS (`Given.deserved`). Of SECTORS nothing tells (`ONE_WAY`).
+              A rule counts from the first fill after it was made known, or from the day that a position is old enough:
+              until then it may be MISSING.
 """
 
 from __future__ import annotations
@@ -33,12 +39,14 @@ from engine.amounts import AmountError, from_micro, plain
 from engine.assets import UNCLASSIFIED
 from engine.badge_book import sector_evidence
 from engine.badges import (
+    BOOKED,
     DAILY,
     EVIDENCE_PRICES_MAX,
     BadgeEventKind,
     Evidence,
     Facts,
     Predicate,
+    Proof,
     Rule,
     figure,
     is_met,
@@ -49,8 +57,18 @@ from engine.portfolio import LedgerMismatch, Portfolio, Position
 from engine.positions import carried_value
 from engine.sectors import SectorValue
 
-# An evaluator learns of a reclassification, and looks at what is due, this late at most.
+# An evaluator learns of a reclassification, looks at what is due and commits this late at most, and clocks differ.
 LAG_MAX = timedelta(minutes=1)
+# A recorded market's clock moves days within the time that a transaction takes.
+RECORDED_LAG_MAX = timedelta(days=5)
+
+# What is not seen when every trace of an award has gone: the award, its events and what its prover wrote.
+ONE_WAY: Mapping[Predicate, str] = {
+    Predicate.SECTORS: "no prices are recorded with fills, so only a gap in the events tells that one is gone",
+    Predicate.NAV: "one that no recorded snapshot shows for longer than a moment is not missed",
+    Predicate.SHARPE: "missed when the close before the last one proves it",
+    Predicate.SECTOR_PROFITS: "missed when the close before the last one proves it",
+}
 
 RuleKey = tuple[str, int]
 
@@ -74,8 +92,9 @@ class BadgeFault:
 
 @dataclass(frozen=True, slots=True)
 class ToldEvent:
-    """A badge event as subscribers were told it."""
+    """A badge event as subscribers were told it; `sequence` numbers the portfolio's."""
 
+    sequence: int
     event_id: str
     kind: BadgeEventKind
     badge_id: str
@@ -98,12 +117,14 @@ class GivenAward:
 @dataclass(frozen=True, slots=True)
 class Given:
     """All that is known of one portfolio's badges. `proved` is how many events of each rule its prover wrote, `waiting`
-    the ids of those that are still in the outbox. `events` are in order."""
+    the ids of those that are still in the outbox. `events` are in order. `deserved` are rules that something else than
+    the ledger says are met, and what says so."""
 
     awards: Mapping[RuleKey, GivenAward]
     events: Sequence[ToldEvent]
     proved: Mapping[RuleKey, int]
     waiting: frozenset[str]
+    deserved: Mapping[RuleKey, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +150,12 @@ class ProofCheck:
     current: Sequence[Rule]
     given: Given
     classification: Classification
+    lag_max: timedelta = LAG_MAX
     faults: list[BadgeFault] = field(default_factory=list)
     _deserved: dict[RuleKey, str] = field(default_factory=dict)
     _due: dict[int, list[ToldEvent]] = field(default_factory=dict)
+    # Proved after the last entry that was taken, so not after the next one.
+    _latest: list[ToldEvent] = field(default_factory=list)
     _broken: bool = False
 
     def __post_init__(self) -> None:
@@ -155,6 +179,7 @@ class ProofCheck:
             self._fault(("", 0), FaultKind.WRONG, str(mismatch))
             return
         ended = None if closed is None else before
+        self._end_latest(entry.recorded_at, f"entry {entry.sequence} was booked")
         self._note_deserved(entry, ended)
         for event in self._due.pop(entry.sequence, ()):
             said = self._check(event, self.rules[event.key], entry, ended)
@@ -165,16 +190,23 @@ class ProofCheck:
         """All faults, when every entry was taken."""
         if self._broken:
             return self.faults
+        self._end_latest(now, "now")
         for sequence, events in sorted(self._due.items()):
             for event in events:
                 self._fault(event.key, FaultKind.WRONG, f"{event.event_id}: there is no entry {sequence}")
         for rule in self.current:
             if rule.predicate is Predicate.HELD:
                 for symbol, position in self.portfolio.positions.items():
-                    if now - LAG_MAX - position.held_since >= timedelta(days=rule.window_days):
+                    if now - self.lag_max - position.held_since >= timedelta(days=rule.window_days):
                         self._deserves(rule, f"{symbol} is held since {position.held_since:%Y-%m-%d %H:%M}")
         self._check_given()
         return self.faults
+
+    def _end_latest(self, at: datetime, what: str) -> None:
+        for event in self._latest:
+            if event.at > at + self.lag_max:
+                self._fault(event.key, FaultKind.WRONG, f"{event.event_id}: {event.at} is after {what}")
+        self._latest.clear()
 
     # -- what was not given ----------------------------------------------------------------------------------
 
@@ -193,6 +225,10 @@ class ProofCheck:
         given, told = self.given, dict[RuleKey, list[ToldEvent]]()
         for event in given.events:
             told.setdefault(event.key, []).append(event)
+        gap = next((number for number, event in enumerate(given.events, 1) if event.sequence != number), None)
+        if gap is not None:
+            after = given.events[gap - 1]
+            self._fault(after.key, FaultKind.LOST, f"no event has the number {gap}, before {after.event_id}")
         for key in given.awards.keys() - told.keys():
             self._fault(key, FaultKind.FORGED, "awarded without an event")
         for key, events in told.items():
@@ -200,12 +236,16 @@ class ProofCheck:
             expected = [f"{key[0]}:{key[1]}#{self.portfolio.portfolio_id}#{n + 1}" for n in range(len(events))]
             if len(events) > number or [event.event_id for event in events] != expected:
                 self._fault(key, FaultKind.FORGED, f"{len(events)} events, of which {number} were proved")
+            if [event.kind for event in events] != _kinds(len(events)):
+                self._fault(key, FaultKind.WRONG, f"{', '.join(event.kind for event in events)} do not follow")
             self._check_award(key, events)
         for key, number in given.proved.items():
             for n in range(len(told.get(key, ())), number):
                 event_id = f"{key[0]}:{key[1]}#{self.portfolio.portfolio_id}#{n + 1}"
                 if event_id not in given.waiting:
                     self._fault(key, FaultKind.LOST, f"{event_id} was proved")
+        for key, why in given.deserved.items():
+            self._deserved.setdefault(key, why)
         for key in self._deserved.keys() - given.proved.keys() - told.keys():
             self._fault(key, FaultKind.MISSING, f"deserved {self._deserved[key]}")
 
@@ -223,10 +263,10 @@ class ProofCheck:
     def _check(self, event: ToldEvent, rule: Rule, entry: LedgerEntry, ended: Position | None) -> str:
         """Why the event does not follow from the ledger up to `entry`; empty when it does."""
         evidence = event.evidence
+        if said := self._check_instant(event, rule, entry):
+            return said
         match rule.predicate:
             case Predicate.FILLS | Predicate.STREAK:
-                if (evidence.event_id, event.at) != (entry.event_id, entry.recorded_at):
-                    return f"entry {entry.sequence} is of another event or instant"
                 facts = Facts(fills=self.portfolio.fills, streak=self.portfolio.streak)
             case Predicate.HELD:
                 held = self._held(evidence, entry, ended)
@@ -234,7 +274,7 @@ class ProofCheck:
                     return f"{evidence.symbol} was not opened at {evidence.opened_at} and held since {evidence.since}"
                 facts = Facts(held_since=held.held_since)
             case Predicate.SECTORS:
-                return self._check_sectors(event, rule, entry)
+                return self._check_sectors(event, rule)
             case _:
                 if evidence.prices is None and len(self.portfolio.positions) > EVIDENCE_PRICES_MAX:
                     return ""
@@ -244,17 +284,29 @@ class ProofCheck:
                 facts = Facts(nav=nav)
         return _compare(rule, figure(rule, facts, event.at), evidence)
 
+    def _check_instant(self, event: ToldEvent, rule: Rule, entry: LedgerEntry) -> str:
+        """What is proved with an entry is of its instant, other things are of a moment between this and the next."""
+        event_id = event.evidence.event_id
+        if event_id is None and rule.predicate in BOOKED - {Predicate.SECTORS}:
+            return "it names no event"
+        if event_id is not None and rule.predicate is Predicate.NAV:
+            return "no event proves a NAV"
+        if event_id is not None:
+            same = (event_id, event.at) == (entry.event_id, entry.recorded_at)
+            return "" if same else f"entry {entry.sequence} is of another event or instant"
+        if event.at < entry.recorded_at - self.lag_max:
+            return f"{event.at} is before entry {entry.sequence} was booked"
+        self._latest.append(event)
+        return ""
+
     def _held(self, evidence: Evidence, entry: LedgerEntry, ended: Position | None) -> Position | None:
         """What is proved with an entry ended with it; otherwise it is held still."""
         if evidence.event_id is not None:
             return ended if (evidence.event_id, evidence.symbol) == (entry.event_id, entry.symbol) else None
         return self.portfolio.positions.get(evidence.symbol or "")
 
-    def _check_sectors(self, event: ToldEvent, rule: Rule, entry: LedgerEntry) -> str:
+    def _check_sectors(self, event: ToldEvent, rule: Rule) -> str:
         evidence = event.evidence
-        # A reclassification proves without an entry.
-        if evidence.event_id is not None and (evidence.event_id, event.at) != (entry.event_id, entry.recorded_at):
-            return f"entry {entry.sequence} is of another event or instant"
         if evidence.prices is None and len(self.portfolio.positions) > EVIDENCE_PRICES_MAX:
             return ""
         if (evidence.prices or {}).keys() != self.portfolio.positions.keys():
@@ -262,7 +314,7 @@ class ProofCheck:
         # By what the evaluator may have known then.
         sums = self._sectors(evidence, event.at)
         if sector_evidence(sums) != (evidence.sectors or []):
-            sums = self._sectors(evidence, event.at - LAG_MAX)
+            sums = self._sectors(evidence, event.at - self.lag_max)
         if sector_evidence(sums) != (evidence.sectors or []):
             return "its sectors are not those of the positions at its prices"
         if event.kind is not BadgeEventKind.LAPSED:
@@ -301,14 +353,43 @@ class ProofCheck:
 _DESERVED = frozenset({Predicate.FILLS, Predicate.STREAK, Predicate.HELD})
 
 
-def check_daily(rule: Rule, evidence: Evidence, reached: Decimal | None) -> str:
-    """Why the evidence of SHARPE or SECTOR_PROFITS does not follow; `reached` is what the snapshots give."""
-    return _compare(rule, reached, evidence)
+def check_daily(event: ToldEvent, again: Proof | None) -> str:
+    """Why an event of SHARPE or SECTOR_PROFITS does not follow; `again` is what the snapshots of its close prove."""
+    if again is None:
+        return f"the snapshots of {event.evidence.until} do not prove it"
+    expected = again.message
+    if event.at != expected.at:
+        return f"it is of {event.at}, not of its close, {expected.at}"
+    for name in Evidence.__struct_fields__:
+        told, found = getattr(event.evidence, name), getattr(expected.evidence, name)
+        if told != found:
+            return f"{name} is {found}, not {told}"
+    return ""
+
+
+def rich_since(points: Iterable[tuple[datetime, bool]], lag_max: timedelta = LAG_MAX) -> datetime | None:
+    """Since when snapshots say, for longer than the lag, that a NAV is reached; None when they do not. `points`:
+    instants, ascending, and whether the NAV was reached then."""
+    since = None
+    for at, is_reached in points:
+        if not is_reached:
+            since = None
+        elif since is None:
+            since = at
+        elif at - since > lag_max:
+            return since
+    return None
 
 
 def daily_events(events: Iterable[ToldEvent], rules: Mapping[RuleKey, Rule]) -> list[ToldEvent]:
     """Those that snapshots prove."""
     return [event for event in events if event.key in rules and rules[event.key].predicate in DAILY]
+
+
+def _kinds(count: int) -> list[BadgeEventKind]:
+    """What happens to a badge, in order: only SECTORS has more than the first."""
+    later = (BadgeEventKind.LAPSED, BadgeEventKind.ACTIVATED)
+    return [BadgeEventKind.UNLOCKED, *(later[n % 2] for n in range(count - 1))][:count]
 
 
 def _is_of(rule: Rule, evidence: Evidence) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Annotated
 
 import typer
 
 from engine.assets import AssetClass
-from engine.badge_proofs import BadgeFault
+from engine.badge_proofs import LAG_MAX, ONE_WAY, RECORDED_LAG_MAX, BadgeFault
 from engine.runtime.clock import make_clock, to_datetime
 from engine.runtime.command_line import Ready, console, counting, fail, settings_of
 from engine.runtime.connections import AWAY, connect_postgres
@@ -46,6 +47,8 @@ def verify(
         f"({rate:,.0f} awards a second){unrecorded}, {verified.faults_count} faults",
         highlight=False,
     )
+    for predicate, said in ONE_WAY.items():
+        console.print(f"of {predicate} an award that left no trace may go unseen: {said}", highlight=False)
     raise typer.Exit(1 if verified.faults_count else 0)
 
 
@@ -63,7 +66,9 @@ async def verify_badges(
         async with pool.acquire() as connection:
             total = await connection.fetchval("SELECT count(*) FROM portfolio") if portfolio_id is None else 1
             sessions = Markets(settings.calendars).sessions(AssetClass.EQUITY)
-            verification = BadgeVerification(connection, sessions, report)
+            kept = timedelta(days=min(settings.snapshot_retention_days, settings.price_close_retention_days))
+            lag_max = RECORDED_LAG_MAX if settings.market_clock else LAG_MAX
+            verification = BadgeVerification(connection, sessions, report, kept, lag_max)
             now = to_datetime(make_clock(settings.market_clock).now_ns())
             return await verification.verify(
                 portfolio_id, now, lambda verified: progress(verified.portfolios_count, total)

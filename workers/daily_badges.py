@@ -14,34 +14,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import datetime, timedelta
-from decimal import Decimal
+from collections.abc import Awaitable, Callable
+from datetime import datetime
 
 import asyncpg
 import structlog
 
-from engine.amounts import from_micro, plain
 from engine.assets import AssetClass
-from engine.badges import (
-    DAILY,
-    BadgeState,
-    Evidence,
-    Facts,
-    Predicate,
-    Proof,
-    Rule,
-    SectorEvidence,
-    current_rules,
-    transitions,
-)
+from engine.badges import DAILY, Rule, current_rules
 from engine.runtime import telemetry
 from engine.runtime.clock import DAY_NS, Clock, to_datetime
 from engine.runtime.connections import stopped_within
 from engine.runtime.settings import Settings
 from engine.sessions import Markets, Sessions
 from engine.stores.badges_postgres import prove, read_rules
-from engine.stores.daily_figures import CHUNK_COUNT, last_close_ns, read_sector_profits, read_sharpe
+from engine.stores.daily_figures import CHUNK_COUNT, last_close_ns
+from engine.stores.daily_proofs import daily_proofs
 from engine.stores.outbox import Connection
 
 POLL_INTERVAL_S = 0.2
@@ -148,7 +136,7 @@ async def judge_close(
         after = ""
         while ids := await _lacking(connection, rule, after, closed_at):
             began_s, after = time.monotonic(), ids[-1]
-            proofs = await _proofs(connection, rule, ids, closed_at, sessions)
+            proofs = await daily_proofs(connection, rule, ids, closed_at, sessions)
             proved += len(await prove(connection, topic, proofs))
             if rest is not None:
                 await rest(time.monotonic() - began_s)
@@ -158,60 +146,6 @@ async def judge_close(
 async def _lacking(connection: Connection, rule: Rule, after: str, closed_at: datetime) -> list[str]:
     rows = await connection.fetch(_LACKING, after, closed_at, rule.badge_id, rule.version, CHUNK_COUNT)
     return [row[0] for row in rows]
-
-
-async def _proofs(
-    connection: Connection, rule: Rule, ids: Sequence[str], closed_at: datetime, sessions: Sessions | None
-) -> list[Proof]:
-    if rule.predicate is Predicate.SHARPE:
-        ratios = await read_sharpe(connection, ids, closed_at, rule.window_days, sessions)
-        judged = [_sharpe_proof(rule, name, ratio, closed_at) for name, ratio in ratios.items()]
-    else:
-        profits = await read_sector_profits(connection, ids, closed_at, rule.window_days)
-        judged = [
-            _profits_proof(rule, name, found.count, found.by_sector, found.ledger_sequence, closed_at)
-            for name, found in profits.items()
-        ]
-    return [proof for proof in judged if proof is not None]
-
-
-def _sharpe_proof(rule: Rule, portfolio_id: str, ratio: Decimal, closed_at: datetime) -> Proof | None:
-    return _proof(rule, portfolio_id, Facts(sharpe=ratio), closed_at, None, None)
-
-
-def _profits_proof(
-    rule: Rule, portfolio_id: str, count: int, by_sector: Mapping[str, int], ledger_sequence: int, closed_at: datetime
-) -> Proof | None:
-    sectors = [
-        SectorEvidence(sector=sector, value=plain(from_micro(profit))) for sector, profit in sorted(by_sector.items())
-    ]
-    return _proof(rule, portfolio_id, Facts(sector_profits=count), closed_at, sectors, ledger_sequence)
-
-
-_NO_STATES: Mapping[str, BadgeState] = {}
-
-
-def _proof(
-    rule: Rule,
-    portfolio_id: str,
-    facts: Facts,
-    closed_at: datetime,
-    sectors: list[SectorEvidence] | None,
-    ledger_sequence: int | None,
-) -> Proof | None:
-    """A proof when the rule is met."""
-    for transition in transitions([rule], _NO_STATES, facts, closed_at):
-        evidence = Evidence(
-            figure=plain(transition.figure),
-            threshold=plain(rule.threshold),
-            predicate=rule.predicate,
-            ledger_sequence=ledger_sequence,
-            sectors=sectors,
-            since=closed_at - timedelta(days=rule.window_days),
-            until=closed_at,
-        )
-        return Proof(portfolio_id, transition, evidence)
-    return None
 
 
 async def _rest(took_s: float) -> None:
