@@ -28,14 +28,16 @@ its cost too, and nobody else's price waits for it. Not thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.amounts import decimals_of
+from engine.amounts import check_number, decimals_of
+from engine.book_accounts import Account as Account
+from engine.book_accounts import AccountArrays, account_at
+from engine.book_accounts import Holding as Holding
 from engine.book_columns import Column, Float64s, HeldValue, Int64s, values_of
 from engine.marks import MARK, MarkArray, MarkQuality
 from engine.messages import Condition
@@ -50,32 +52,6 @@ NO_GROUP = -1  # of a portfolio whose day has not begun
 SLOTS_CAPACITY_MIN = 64
 # What a source says of its price; what becomes of it with time is for engine.sessions to say.
 _SAID = {"": MarkQuality.LIVE, "DELAYED": MarkQuality.DELAYED, "HALTED": MarkQuality.HALTED}
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """One open position as it enters the Book. Amounts in micro-units."""
-
-    symbol: str
-    quantity: Decimal
-    cost: int
-    day_base: int
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """A portfolio's own figures as they enter the Book. Amounts in micro-units."""
-
-    cash: int
-    receivables: int
-    realized: int
-    fees: int
-    income: int
-    flows: int
-    trading: int
-    corporate: int
-    ledger_sequence: int
-    day: DayBase
 
 
 class Book:
@@ -163,6 +139,27 @@ class Book:
         for holding in holdings:
             self.set_position(portfolio_id, holding)
         return slot
+
+    def open_many(
+        self,
+        shard: int,
+        ids: Sequence[str],
+        accounts: AccountArrays,
+        symbols: Sequence[str],
+        holder: Int64s,
+        asset: Int64s,
+        quantity: Float64s,
+        quantity_decimals: Int64s,
+        cost: Int64s,
+        day_base: Int64s,
+    ) -> Int64s:
+        """As `open` for many portfolios of a shard; returns their slots. The n-th position is of portfolio
+        `ids[holder[n]]` in `symbols[asset[n]]`; its quantity has at most `quantity_decimals[n]` decimals."""
+        slots = [self.open(name, shard, account_at(accounts, place)) for place, name in enumerate(ids)]
+        arrays = (of.tolist() for of in (holder, asset, quantity, cost, day_base))
+        for place, number, held, paid, base in zip(*arrays, strict=True):
+            self.set_position(ids[place], Holding(symbols[number], check_number(Decimal(repr(held)), ""), paid, base))
+        return np.array(slots, np.int64)
 
     def _new_slot(self, portfolio_id: str) -> int:
         if self._free:
@@ -380,14 +377,18 @@ class Book:
 
     def begin_day(self, portfolio_id: str, day_cut: str, cut_at_ns: int) -> None:
         """Put a portfolio into the group of `day_cut`; its day bases count from `cut_at_ns`."""
-        slot = self._slot_of[portfolio_id]
-        self._leave_group(slot)
+        self.begin_days(np.array([self._slot_of[portfolio_id]]), day_cut, cut_at_ns)
+
+    def begin_days(self, slots: Int64s, day_cut: str, cut_at_ns: int) -> None:
+        """As `begin_day`, for the portfolios at these slots."""
+        for slot in slots[self.group[slots] != NO_GROUP].tolist():
+            self._leave_group(slot)
         group = self._group_of.setdefault(day_cut, len(self._group_of))
         if group == len(self._group_sizes):
             self._group_sizes.append(0)
-        self._group_sizes[group] += 1
-        self.group[slot], self.day_cut_at_ns[slot] = group, cut_at_ns
-        self.dirty[slot] = True
+        self._group_sizes[group] += len(slots)
+        self.group[slots], self.day_cut_at_ns[slots] = group, cut_at_ns
+        self.dirty[slots] = True
 
     def _leave_group(self, slot: int) -> None:
         if self.group[slot] != NO_GROUP:

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engine.amounts import AMOUNT_MAX_MICRO, AmountError, plain, value_micro
 from engine.book import NAV_MAX_MICRO, Account, Book, Holding
+from engine.book_accounts import account_at
 from engine.marks import Mark, MarkQuality, decode_mark
 from engine.pnl import DayBase
 from tests.bookkeeping import SECTORS, Bookkeeping, cash, fill, opening
@@ -591,3 +592,56 @@ def test_a_split_of_a_symbol_without_a_price_leaves_it_without() -> None:
     book.rescale("MSFT", Decimal(30))
     assert (book.price("AAPL"), book.price("MSFT"), book.nav("p-0")) == (None, None, 7)
     assert (book.price_as_of_ns("AAPL"), book.price_as_of_ns("MSFT")) == (0, 0)
+
+
+# -- many at once ------------------------------------------------------------------------------------------
+
+
+def random_accounts(random: np.random.Generator, count: int) -> dict[str, np.ndarray]:
+    fields = ("cash", "receivables", "realized", "fees", "income", "flows", "trading", "corporate", "ledger_sequence")
+    accounts = {name: random.integers(-(10**9), 10**9, count) for name in (*fields, "day_base", "segment_base")}
+    return accounts | {"day_factor": np.where(random.random(count) < 0.3, np.nan, random.random(count))}
+
+
+def test_many_portfolios_opened_at_once_are_as_if_opened_one_by_one() -> None:
+    random = np.random.default_rng(5)
+    one_by_one, at_once = Book(), Book()
+    for book in (one_by_one, at_once):
+        book.tick("S-1", Decimal("3.25"), 1, "HALTED")
+        book.open("p-before", 7, ACCOUNT, [Holding("S-0", Decimal(3), 1, 2), Holding("S-1", Decimal(4), 3, 4)])
+        book.open("p-gone", 8, ACCOUNT, [Holding("S-1", Decimal(4), 3, 4)])
+        book.drop_shard(8)
+    names, symbols = [f"p-{number}" for number in range(40)], [f"S-{number}" for number in range(30)]
+    accounts = random_accounts(random, 40)
+    pairs = [(p, s) for p in range(40) for s in range(30) if random.random() < p / 40]
+    random.shuffle(pairs)
+    held = [Decimal(int(random.integers(-(10**6), 10**6)) or 1).scaleb(-int(random.integers(0, 13))) for _ in pairs]
+    cost, day_base = random.integers(-(10**9), 10**9, (2, len(pairs)))
+    holder, asset = np.array(pairs).T
+    decimals = np.array([-one.as_tuple().exponent for one in held])
+    quantity = np.array([float(one) for one in held])
+    slots = at_once.open_many(2, names, accounts, symbols, holder, asset, quantity, decimals, cost, day_base)
+    assert at_once.portfolio_ids(slots) == names
+    for place, name in enumerate(names):
+        one_by_one.open(name, 2, account_at(accounts, place))
+    for row, (place, number) in enumerate(pairs):
+        one_by_one.set_position(names[place], Holding(symbols[number], held[row], int(cost[row]), int(day_base[row])))
+    for step in range(3):
+        for book in (one_by_one, at_once):
+            book.tick(f"S-{step + 1}", Decimal("17.0625"), step)
+        for name in [*names, "p-before"]:
+            assert shown(at_once, name) == shown(one_by_one, name)
+            assert sorted(at_once.held(name), key=str) == sorted(one_by_one.held(name), key=str)
+            assert at_once.exposure(name) == one_by_one.exposure(name)
+        assert dict(at_once.revalued()) == dict(one_by_one.revalued())
+        assert at_once.portfolio_ids(at_once.changed()) == one_by_one.portfolio_ids(one_by_one.changed())
+        for book in (one_by_one, at_once):
+            book.clear(book.changed())
+
+
+def test_of_many_portfolios_none_may_be_open_already() -> None:
+    book = held("1")
+    accounts, nothing = random_accounts(np.random.default_rng(1), 2), np.zeros(0, np.int64)
+    with pytest.raises(ValueError, match="in the Book already"):
+        book.open_many(0, ["p-0", "p-new"], accounts, [], nothing, nothing, nothing * 1.0, nothing, nothing, nothing)
+    assert "p-new" not in book
