@@ -11,8 +11,8 @@ when the Kafka log is a new one. Each of the three runs in one worker at a time 
 workers stand by.
 
 Offsets are kept per log (cluster/topic) in `topic_offset`. Where a log has lost what lies at an offset, reading goes
-on at its beginning, because what was booked already is known by its id. What can not be read, and what nobody has
-proved, goes to `<topic>.dlq`.
+on at its beginning, because what was booked already is known by its id. What is booked is what was proved, byte for
+byte as the outbox has it; what can not be read, and what nobody has proved, goes to `<topic>.dlq`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from engine.runtime.connections import AWAY, Outage, connect_redis, make_produce
 from engine.runtime.settings import Settings
 from engine.stores import badge_awards, outbox, redis_keys
 from engine.stores.badge_awards import BadMessageError, read_message
-from engine.stores.outbox import REPRODUCE_AFTER_S, OutboxRow
+from engine.stores.outbox import REPRODUCE_AFTER_S, OutboxRow, Told
 from engine.stores.sole_worker import alone
 from engine.stores.webhooks_postgres import enqueue, record_threshold
 from engine.thresholds import threshold_message_decoder
@@ -132,7 +132,7 @@ class Batch:
     def __init__(self, fetched: Fetched, badge_topic: str) -> None:
         self.messages: list[BadgeMessage] = []
         self.crossings: list[tuple[TopicPartition, ConsumerRecord]] = []
-        self.buried_ids: list[str] = []
+        self.buried: list[Told] = []
         self.letters: dict[TopicPartition, list[DeadLetter]] = {}
         self._origin: dict[int, tuple[TopicPartition, ConsumerRecord]] = {}
         for partition, records in fetched.items():
@@ -155,12 +155,12 @@ class Batch:
         self.bury(*self._origin[id(message)], code, reason)
 
     def bury(self, partition: TopicPartition, record: ConsumerRecord, code: str, reason: str) -> None:
-        """Nothing that will ever be booked: a dead letter, which the outbox need not keep."""
+        """Nothing that will ever be booked: a dead letter, which the outbox need not keep if it came from there."""
         letter = DeadLetter(Record(record.offset, record.key, record.value), code, reason)
         self.letters.setdefault(partition, []).append(letter)
         event_id = dict(record.headers).get(EVENT_ID_HEADER)
-        if event_id is not None and b"\0" not in event_id:
-            self.buried_ids.append(event_id.decode(errors="replace"))
+        if event_id is not None and b"\0" not in event_id and record.value is not None:
+            self.buried.append((event_id.decode(errors="replace"), bytes(record.value)))
 
 
 class Consumer:
@@ -216,7 +216,8 @@ class Consumer:
         """Everything about a batch in one transaction; returns the portfolios that have new badge events."""
         batch = Batch(fetched, self._badge_topic)
         async with self._connection.transaction():
-            judged = await badge_awards.judge(self._connection, batch.messages)
+            told = [(message, batch.payload_of(message)) for message in batch.messages]
+            judged = await badge_awards.judge(self._connection, told)
             for message in judged.refused:
                 batch.refuse(message, "UNPROVED", f"nobody has proved {message.event_id}")
             await badge_awards.book(self._connection, judged.booked)
@@ -230,7 +231,8 @@ class Consumer:
             )
             crossed = await self._book_crossings(batch)
             done = [message.event_id for message in (*judged.booked, *judged.duplicates)]
-            await outbox.remove(self._connection, [*done, *crossed, *batch.buried_ids])
+            await outbox.remove(self._connection, [*done, *crossed])
+            await outbox.remove_genuine(self._connection, batch.buried)
             await self._move(fetched)
             for partition, letters in batch.letters.items():
                 await bury(self._producer, partition.topic, partition.partition, letters)
@@ -241,19 +243,19 @@ class Consumer:
 
     async def _book_crossings(self, batch: Batch) -> list[str]:
         """Have webhooks told of crossings that an evaluator wrote and nobody has booked; others change nothing."""
-        crossings = {}
+        crossings: set[Told] = set()
         for partition, record in batch.crossings:
             try:
                 crossing = threshold_message_decoder.decode(record.value or b"")
                 if "\0" in crossing.event_id:
                     raise msgspec.ValidationError("the event's id contains NUL")
-                crossings[crossing.event_id] = bytes(record.value)
+                crossings.add((crossing.event_id, bytes(record.value)))
             except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
                 batch.bury(partition, record, "MALFORMED", str(error))
-        proved = await outbox.still_waiting(self._connection, list(crossings))
-        for event_id in proved:
-            await record_threshold(self._connection, crossings[event_id], self._webhooks_waiting_max)
-        return sorted(proved)
+        proved = sorted(await outbox.genuine(self._connection, crossings))
+        for _, payload in proved:
+            await record_threshold(self._connection, payload, self._webhooks_waiting_max)
+        return [event_id for event_id, _ in proved]
 
     async def _move(self, fetched: Fetched) -> None:
         places = [(self._logs[of.topic], of.partition, records[-1].offset + 1) for of, records in fetched.items()]

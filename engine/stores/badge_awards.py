@@ -10,10 +10,12 @@ A message is judged before it is booked:
     duplicate   its event id is booked already, or comes twice in the batch: nothing changes
     early       an event of the same badge that was proved before it is still in the outbox. It is not booked and stays
                 in the outbox, which brings it again behind the other.
-    refused     nobody has proved it: the prover's row of badge_state does not know its event. A dead letter.
+    refused     nobody has proved it: the prover's row of badge_state does not know its event, or its bytes are not
+                those that the prover left in the outbox. A dead letter.
 
 The events of a badge are numbered in their ids, `<badge>:<version>#<portfolio>#<n>`, so `active` is what the event
-with the largest n says, in whatever order they arrive. Booked, duplicate and refused messages leave the outbox.
+with the largest n says, in whatever order they arrive. Booked and duplicate messages leave the outbox, and refused
+ones if they are what is there.
 """
 
 from __future__ import annotations
@@ -78,22 +80,26 @@ class Judged:
     refused: list[BadgeMessage] = field(default_factory=list)
 
 
-async def judge(connection: Connection, messages: Sequence[BadgeMessage]) -> Judged:
-    """Sort a batch, in the order of arrival."""
+async def judge(connection: Connection, told: Sequence[tuple[BadgeMessage, bytes]]) -> Judged:
+    """Sort a batch, in the order of arrival: messages, with the bytes that they were read from."""
+    messages = [message for message, _ in told]
     asked = {_key(message) for message in messages}
     states = await connection.fetch(_STATES, *map(list, zip(*asked, strict=True))) if asked else []
     proved = {(row[0], row[1], row[2]): row[3] for row in states}
     known = {row[0] for row in await connection.fetch(_BOOKED, [message.event_id for message in messages])}
     before = {message.event_id: _before(message) for message in messages}
     waiting = await outbox.still_waiting(connection, [one for one in before.values() if one is not None])
+    genuine = await outbox.genuine(connection, [(message.event_id, payload) for message, payload in told])
     judged = Judged()
-    for message in messages:
+    for message, payload in told:
         number = number_of(message)
         chosen: list[BadgeMessage]
         if number is None or number > proved.get(_key(message), 0):
             chosen = judged.refused
         elif message.event_id in known:
             chosen = judged.duplicates
+        elif (message.event_id, payload) not in genuine:
+            chosen = judged.refused
         elif before[message.event_id] in waiting - known:
             chosen = judged.early
         else:

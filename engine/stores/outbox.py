@@ -7,14 +7,15 @@ it. Between the two the relay produces it, and writes down into which log (clust
     it was produced REPRODUCE_AFTER_S ago         and is still here: produced and lost, or its consumer is behind
 
 so that a message is never lost, and may come twice, which its consumer knows by its event id. Rows of one key are
-due in the order in which they were committed: their portfolio has one writer at a time.
+due in the order in which they were committed: their portfolio has one writer at a time. A row is also what a message
+is compared with before it is booked: anybody who can write to a topic can use an id, but not the row's.
 
 `produced_at` is by the database's clock, which all relays share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import asyncpg
@@ -22,6 +23,9 @@ from asyncpg.pool import PoolConnectionProxy
 
 # Long enough for a healthy consumer to have booked a message, so that a busy one is not sent everything twice.
 REPRODUCE_AFTER_S = 30
+
+# An event's id and its bytes, as a topic brought them.
+Told = tuple[str, bytes]
 
 Connection = asyncpg.Connection | PoolConnectionProxy
 
@@ -38,7 +42,15 @@ _PRODUCED = """
     FROM unnest($1::bigint[], $2::text[]) AS produced (id, log_id) WHERE outbox.id = produced.id
 """
 _WAITING = "SELECT event_id FROM outbox WHERE event_id = ANY($1::text[])"
+_GENUINE = """
+    SELECT event_id, payload FROM outbox JOIN unnest($1::text[], $2::bytea[]) AS told (event_id, payload)
+        USING (event_id, payload)
+"""
 _DELETE = "DELETE FROM outbox WHERE event_id = ANY($1::text[])"
+_DELETE_GENUINE = """
+    DELETE FROM outbox USING unnest($1::text[], $2::bytea[]) AS told (event_id, payload)
+    WHERE outbox.event_id = told.event_id AND outbox.payload = told.payload
+"""
 _COUNT = "SELECT count(*) FROM outbox"
 
 
@@ -70,10 +82,27 @@ async def still_waiting(connection: Connection, event_ids: Sequence[str]) -> fro
     return frozenset(row[0] for row in await connection.fetch(_WAITING, event_ids)) if event_ids else frozenset()
 
 
+async def genuine(connection: Connection, told: Collection[Told]) -> frozenset[Told]:
+    """Those that wait here and are, byte for byte, what was proved."""
+    if not told:
+        return frozenset()
+    return frozenset((row[0], row[1]) for row in await connection.fetch(_GENUINE, *_columns(told)))
+
+
 async def remove(connection: Connection, event_ids: Sequence[str]) -> None:
-    """These are booked, or will never be; in the transaction that says so."""
+    """These are booked; in the transaction that says so."""
     if event_ids:
         await connection.execute(_DELETE, event_ids)
+
+
+async def remove_genuine(connection: Connection, told: Collection[Told]) -> None:
+    """These will never be booked; what has their ids and is something else stays."""
+    if told:
+        await connection.execute(_DELETE_GENUINE, *_columns(told))
+
+
+def _columns(told: Collection[Told]) -> list[list[object]]:
+    return [list(column) for column in zip(*told, strict=True)]
 
 
 async def waiting_count(connection: Connection) -> int:

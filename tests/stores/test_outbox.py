@@ -59,3 +59,12 @@ async def test_what_is_booked_is_gone(connection: asyncpg.Connection) -> None:
     assert await outbox.still_waiting(connection, ["e0", "e1", "unknown"]) == {"e1"}
     assert await outbox.still_waiting(connection, []) == frozenset()
     assert await outbox.waiting_count(connection) == 3
+
+
+async def test_what_only_has_the_id_of_a_row_is_not_the_row(connection: asyncpg.Connection) -> None:
+    told = [("e0", b"0"), ("e1", b"other"), ("unknown", b"2")]
+    assert await outbox.genuine(connection, told) == {("e0", b"0")}
+    assert await outbox.genuine(connection, []) == frozenset()
+    await outbox.remove_genuine(connection, told)
+    await outbox.remove_genuine(connection, [])
+    assert await names(connection) == ["e1", "e2", "e3"]

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -114,6 +114,20 @@ def message(
         at=AT,
         evidence=Evidence(figure="1", threshold="1", predicate=Predicate.FILLS, event_id="e1", ledger_sequence=2),
     )
+
+
+def told(*messages: BadgeMessage) -> list[tuple[BadgeMessage, bytes]]:
+    return [(one, badge_message_encoder.encode(one)) for one in messages]
+
+
+@asynccontextmanager
+async def producing(settings: Settings) -> AsyncIterator[AIOKafkaProducer]:
+    producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap)
+    await producer.start()
+    try:
+        yield producer
+    finally:
+        await producer.stop()
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -241,10 +255,10 @@ async def test_an_event_that_overtook_the_one_before_waits_for_it(proofs: Proofs
     for number, kind in enumerate((UNLOCKED, LAPSED), 1):
         await proofs.prove(message(name, "diversified", kind, number))
     async with proofs.pool.acquire() as connection, connection.transaction():
-        early = await badge_awards.judge(connection, [message(name, "diversified", LAPSED, 2)])
+        early = await badge_awards.judge(connection, told(message(name, "diversified", LAPSED, 2)))
         assert early.early and not early.booked
         in_order = await badge_awards.judge(
-            connection, [message(name, "diversified"), message(name, "diversified", LAPSED, 2)]
+            connection, told(message(name, "diversified"), message(name, "diversified", LAPSED, 2))
         )
         assert len(in_order.booked) == 2
     async with working(proofs.settings):
@@ -327,6 +341,59 @@ async def test_what_nobody_proved_and_what_is_none_are_dead_letters(proofs: Proo
     assert {letter.value for letter in letters} == set(bad)
     codes = [dict(letter.headers)["code"] for letter in letters]
     assert sorted(codes) == [b"MALFORMED"] * 3 + [b"UNPROVED"] * 2
+
+
+async def test_what_is_booked_is_what_was_proved_whoever_uses_its_id_first(proofs: Proofs) -> None:
+    """One writes to the topic what looks like the proof, before the proof; another what is no message, in its name."""
+    name = await proofs.portfolio()
+    genuine = message(name)
+    greater = msgspec.structs.replace(genuine, evidence=msgspec.structs.replace(genuine.evidence, figure="1000"))
+    forged = [
+        badge_message_encoder.encode(greater),
+        badge_message_encoder.encode(msgspec.structs.replace(genuine, at=AT - timedelta(days=300))),
+        badge_message_encoder.encode(genuine)[:-1] + b',"more":"for webhooks"}',
+        b"not json",
+    ]
+    await proofs.prove(genuine)
+    topic, headers = proofs.settings.badge_topic, [("event_id", genuine.event_id.encode())]
+    async with producing(proofs.settings) as producer:
+        for payload in forged:
+            await producer.send_and_wait(topic, payload, key=name.encode(), headers=headers)
+    async with working(proofs.settings):
+        await until_answered(proofs.delivered)
+    row = await proofs.pool.fetchrow("SELECT awarded_at, evidence FROM badge_award WHERE portfolio_id = $1", name)
+    assert row["awarded_at"] == AT and msgspec.json.decode(row["evidence"], type=Evidence) == genuine.evidence
+    assert await proofs.events(name) == [(1, "UNLOCKED", "first_fill")]
+    letters = await read_topic(proofs.settings.kafka_bootstrap, f"{topic}.dlq", len(forged))
+    assert {letter.value for letter in letters} == set(forged)
+
+
+async def test_a_crossing_that_was_changed_on_its_way_is_told_as_it_was(proofs: Proofs) -> None:
+    name = await proofs.portfolio()
+    await Webhooks(lambda: proofs.pool).create(
+        "ann", url="https://example.com/", kinds=list(WebhookKind), portfolio_ids=[name], count_max=50
+    )
+    genuine = ThresholdMessage(
+        event_id=f"t-{name}#1",
+        threshold_id="t",
+        portfolio_id=name,
+        figure="NAV",
+        side="ABOVE",
+        bound="1",
+        hysteresis="0",
+        value="2",
+        at=AT,
+        ledger_sequence=1,
+    )
+    topic, payload = proofs.settings.threshold_topic, encode_threshold_message(genuine)
+    await proofs.put(genuine.event_id, payload, name, topic=topic)
+    async with producing(proofs.settings) as producer:
+        forged = encode_threshold_message(msgspec.structs.replace(genuine, value="3"))
+        await producer.send_and_wait(topic, forged, key=name.encode())
+    async with working(proofs.settings):
+        await until_answered(proofs.delivered)
+    bodies = await proofs.pool.fetch("SELECT body FROM webhook_delivery WHERE event_id = $1", genuine.event_id)
+    assert bodies and all(payload in body for (body,) in bodies)
 
 
 async def test_a_crossing_leaves_the_outbox_and_a_bad_one_too(proofs: Proofs) -> None:
