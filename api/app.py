@@ -32,6 +32,7 @@ from api.live_feed import LiveFeed
 from api.metrics import Metrics
 from api.middleware import BodyLimit, RequestIds
 from engine.assets import AssetClass
+from engine.runtime.addresses import HostNames
 from engine.runtime.clock import Clock
 from engine.runtime.connections import connect_postgres, connect_redis, make_producer, wait_until
 from engine.runtime.settings import Settings
@@ -166,6 +167,7 @@ def make_application(settings: Settings, clock: Clock) -> Application:
         badges=BadgeReads(database.pool),
         daily_figures=DailyFigureReads(database.pool, markets.sessions(AssetClass.EQUITY)),
         webhooks=Webhooks(database.pool),
+        host_names=HostNames(settings.webhook_private_addresses, settings.webhook_lookups_count_max),
         thresholds=PortfolioThresholds(database.pool),
         past=PastReads(
             AsOfReads(database.pool),

@@ -18,11 +18,13 @@ deliveries of an endpoint that comes back (full jitter):
     ceiling = min(RETRY_LONGEST_S, RETRY_FIRST_S × 2ⁿ⁻¹)
 
 The last attempt is made LIFETIME after the delivery was made, or as soon as possible after that; when it fails too,
-the delivery is DEAD. Every failure is retried, a 4xx too: who has deployed a mistake has a day to mend it.
+the delivery is DEAD. Every failure is retried, a 4xx too: who has deployed a mistake has a day to mend it. What waits
+for a webhook that is not active is held; it is due when that is active again, and DEAD after LIFETIME without an
+attempt.
 
 Addresses. A URL is `https`, without user and password. Of what its host resolves to every address must be public
-(`is_public`): what is embedded in an IPv6 address counts as if it stood alone. Where the operator allows private
-addresses, all of them and `http` are allowed.
+(`is_public`): globally reachable unicast, where what is embedded in an IPv6 address counts as if it stood alone. Where
+the operator allows private addresses, all of them and `http` are allowed.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import hmac
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from urllib.parse import SplitResult, urlsplit
 
 import msgspec
@@ -47,15 +49,43 @@ LIFETIME = timedelta(days=1)
 RETRY_FIRST_S = 10
 RETRY_LONGEST_S = 3_600
 
-# IPv6 ranges whose addresses have an IPv4 address inside, and how far it is shifted: compatible, mapped, NAT64, 6to4.
+# What IANA's special-purpose registries (RFC 6890 and later) do not call globally reachable, or reserve for a protocol
+# of its own. Python's tables know less, and other things in each version.
+_SPECIAL_IPV4 = tuple(
+    IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.31.196.0/24",
+        "192.52.193.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "192.175.48.0/24",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",
+        "240.0.0.0/4",
+    )
+)
+# All that is global unicast at all lies in here; of it the protocol assignments (Teredo, ORCHID, benchmarks and more),
+# the two ranges for documentation, and those of AS112 do not count.
+_GLOBAL_IPV6 = IPv6Network("2000::/3")
+_SPECIAL_IPV6 = tuple(
+    IPv6Network(network) for network in ("2001::/23", "2001:db8::/32", "2620:4f:8000::/48", "3fff::/20")
+)
+# IPv6 ranges whose addresses have an IPv4 address inside, and how far it is shifted: mapped, NAT64, 6to4.
 _EMBEDDING = (
-    (IPv6Network("::/96"), 0),
     (IPv6Network("::ffff:0:0/96"), 0),
-    (IPv6Network("::ffff:0:0:0/96"), 0),
     (IPv6Network("64:ff9b::/96"), 0),
     (IPv6Network("2002::/16"), 80),
 )
-_TEREDO = IPv6Network("2001::/32")  # it tunnels to wherever its sender says
 
 
 class WebhookKind(StrEnum):
@@ -81,8 +111,7 @@ class AttemptError(StrEnum):
 
     STATUS = "STATUS"  # an answer other than 2xx, redirections among them
     TIMEOUT = "TIMEOUT"
-    UNRESOLVED = "UNRESOLVED"
-    PRIVATE_ADDRESS = "PRIVATE_ADDRESS"
+    UNRESOLVED = "UNRESOLVED"  # no address, or one that is not public: nobody is told which names an inner network has
     UNREACHABLE = "UNREACHABLE"  # no connection, or no TLS
     PROTOCOL = "PROTOCOL"  # connected, and then no HTTP answer
 
@@ -152,9 +181,10 @@ def check_url(url: str, private_allowed: bool) -> SplitResult:
 def is_public(address: IPv4Address | IPv6Address) -> bool:
     """Whether anybody on the internet reaches the address, and nothing else by it."""
     if isinstance(address, IPv6Address):
-        if address in _TEREDO:
-            return False
         for network, shift in _EMBEDDING:
             if address in network:
                 return is_public(IPv4Address((int(address) >> shift) & 0xFFFF_FFFF))
-    return address.is_global and not address.is_multicast
+        known = address in _GLOBAL_IPV6 and not any(address in network for network in _SPECIAL_IPV6)
+    else:
+        known = not any(address in network for network in _SPECIAL_IPV4)
+    return known and address.is_global and not address.is_multicast

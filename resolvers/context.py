@@ -16,6 +16,7 @@ import strawberry
 
 from engine.marks import Mark
 from engine.messages import Quote
+from engine.runtime.addresses import HostNames
 from engine.runtime.clock import Clock
 from engine.runtime.settings import Settings
 from engine.stores.badge_reads import BadgeReads
@@ -110,6 +111,7 @@ class Services:
     badges: BadgeReads
     daily_figures: DailyFigureReads
     webhooks: Webhooks
+    host_names: HostNames
     thresholds: PortfolioThresholds
 
 

@@ -121,7 +121,7 @@ strawberry.enum(
     AttemptError,
     description=(
         "STATUS: an answer other than 2xx; redirections are not followed. TIMEOUT: no answer in time. UNRESOLVED: the "
-        "host has no address. PRIVATE_ADDRESS: it has one that is not public. UNREACHABLE: no connection, or no TLS. "
-        "PROTOCOL: no HTTP answer."
+        "host does not resolve to public addresses alone. UNREACHABLE: no connection, or no TLS. PROTOCOL: no HTTP "
+        "answer."
     ),
 )

@@ -17,7 +17,7 @@ from datetime import datetime
 
 import strawberry
 
-from engine.runtime.addresses import PrivateAddress, UnresolvedHost, resolve
+from engine.runtime.addresses import PrivateAddress, UnresolvedHost
 from engine.stores.webhooks_postgres import (
     ATTEMPTS_SHOWN_MAX,
     Attempt,
@@ -48,7 +48,7 @@ class WebhookAttempt:
     )
     at: datetime = strawberry.field(description="When it was begun.")
     duration_ms: int = strawberry.field(
-        description="From the look-up of the host to the answer, or until it was given up."
+        description="From the look-up of the host to the answer, or until it was given up; 0 when it is UNRESOLVED."
     )
     status_code: int | None = strawberry.field(description="The HTTP status of the answer; null when there was none.")
     error: AttemptError | None = strawberry.field(description="Why it failed; null when it was delivered.")
@@ -80,7 +80,9 @@ class Webhook:
     portfolio_ids: list[str] | None = strawberry.field(
         description="Of which portfolios; null is all of the owner's, later ones too."
     )
-    active: bool = strawberry.field(description="Whether it is told; what waits while it is not is kept for a day.")
+    active: bool = strawberry.field(
+        description="Whether it is told; what waits while it is not is held for a day, then DEAD."
+    )
     created_at: datetime = strawberry.field(description="When it was created.")
 
     @resolved("Its deliveries of the last 30 days (by default), newest first.")
@@ -203,7 +205,7 @@ async def send_test_webhook(info: Info, webhook_id: str) -> WebhookDelivery:
             access.subject, webhook_id, settings.webhook_test_interval_s, settings.webhook_waiting_count_max
         )
     except TooManyTests:
-        text = f"one test every {settings.webhook_test_interval_s} s, and none while too much waits"
+        text = f"one test every {settings.webhook_test_interval_s} s over all webhooks, and none while too much waits"
         raise PublicError(ErrorCode.TOO_MANY_TESTS, text) from None
     if sent is None:
         raise not_found("webhook")
@@ -239,7 +241,7 @@ async def _check_url(context: Context, url: str) -> None:
     try:
         parts = check_url(url, private_allowed)
         async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
-            await resolve(parts.hostname or "", parts.port or 0, private_allowed)
+            await context.services.host_names.resolve(parts.hostname or "")
     except UrlRefused as error:
         raise PublicError(ErrorCode.BAD_URL, str(error)) from None
     except (UnresolvedHost, PrivateAddress, TimeoutError):

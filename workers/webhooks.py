@@ -29,7 +29,7 @@ import structlog
 from asyncpg.pool import PoolConnectionProxy
 
 from engine.runtime import telemetry
-from engine.runtime.addresses import PrivateAddress, UnresolvedHost, resolve
+from engine.runtime.addresses import HostNames, PrivateAddress, UnresolvedHost
 from engine.runtime.clock import Clock
 from engine.runtime.connections import AWAY, Backoff, Outage, connect_postgres, stopped_within, wait_until
 from engine.runtime.settings import Settings
@@ -54,7 +54,6 @@ SETTLE_TIMEOUT_S = 5
 # What is under way at the end may come to one; what does not is sent again by somebody else.
 FINISH_TIMEOUT_S = 3
 ADDRESSES_TRIED_MAX = 3
-_PORTS = {"https": 443, "http": 80}
 
 _log = structlog.get_logger(__name__)
 
@@ -65,6 +64,7 @@ class Sender:
     def __init__(self, settings: Settings, tls: ssl.SSLContext | None = None) -> None:
         self._timeout_s = settings.webhook_timeout_s
         self._private_allowed = settings.webhook_private_addresses
+        self._names = HostNames(settings.webhook_private_addresses, settings.webhook_lookups_count_max)
         self._client = httpx.AsyncClient(
             verify=tls or httpx.create_ssl_context(trust_env=False),
             trust_env=False,
@@ -74,6 +74,7 @@ class Sender:
         )
 
     async def close(self) -> None:
+        self._names.close()
         await self._client.aclose()
 
     async def attempt(self, taken: TakenDelivery) -> AttemptOutcome:
@@ -85,10 +86,10 @@ class Sender:
                 status_code = await self._post(taken)
             if not 200 <= status_code < 300:
                 error = AttemptError.STATUS
-        except PrivateAddress:
-            error = AttemptError.PRIVATE_ADDRESS
-        except UnresolvedHost:
-            error = AttemptError.UNRESOLVED
+        except (PrivateAddress, UnresolvedHost) as refused:
+            # The operator may know which of the two it was; its owner learns neither that nor how long it took.
+            _log.info("webhook_host_refused", webhook=taken.webhook_id, reason=str(refused))
+            error, begun_s = AttemptError.UNRESOLVED, time.monotonic()
         except (TimeoutError, httpx.TimeoutException):
             error = AttemptError.TIMEOUT
         except httpx.ConnectError:
@@ -112,7 +113,7 @@ class Sender:
             DELIVERY_HEADER: taken.delivery_id,
             SIGNATURE_HEADER: signature(taken.secrets, int(time.time()), taken.body),
         }
-        addresses = await resolve(host, parts.port or _PORTS[parts.scheme], self._private_allowed)
+        addresses = await self._names.resolve(host)
         tried = addresses[:ADDRESSES_TRIED_MAX]
         for address in tried[:-1]:
             try:
@@ -275,6 +276,7 @@ async def _prune(deliveries: WebhookDeliveries, retention_days: int, stop: async
     while not stop.is_set():
         delay_s: float = PRUNE_INTERVAL_S
         try:
+            telemetry.WEBHOOK_DELIVERIES.labels("dead").inc(await deliveries.expire())
             await deliveries.prune(retention_days)
             outage.end()
         except AWAY as error:

@@ -1,5 +1,6 @@
 """What badges rest on: the classification that each shard was last looked at with; streaks that end at reversals; since
-when a position is held, whatever its fill says of itself."""
+when a position is held, whatever its fill says of itself. And what webhooks tell of hosts, and who may test them when.
+"""
 
 from __future__ import annotations
 
@@ -47,3 +48,9 @@ def upgrade() -> None:
     op.execute(_HOLD)
     op.execute("UPDATE position SET held_since = opened_at WHERE held_since IS NULL")
     op.alter_column("position", "held_since", nullable=False)
+    op.execute("UPDATE webhook_attempt SET error = 'UNRESOLVED' WHERE error = 'PRIVATE_ADDRESS'")
+    op.create_table(
+        "webhook_test",
+        sa.Column("owner", sa.Text, primary_key=True),
+        sa.Column("tested_at", sa.DateTime(timezone=True), nullable=False),
+    )

@@ -128,12 +128,16 @@ class Settings(BaseSettings):
     webhook_owner_deliveries_count_max: int = Field(default=8, ge=1)
     # From the look-up of the name to the answer's headers.
     webhook_timeout_s: int = Field(default=10, ge=1, le=30)
+    # A name whose servers do not answer holds a thread for longer than an attempt lasts. One owner's twenty webhooks
+    # leave others most of them.
+    webhook_lookups_count_max: int = Field(default=64, ge=1, le=1_000)
     # What waits for one endpoint; more is dropped and counted. An endpoint that is away for a day makes no more rows.
     webhook_waiting_count_max: int = Field(default=10_000, ge=1)
     webhooks_per_subject_max: int = Field(default=20, ge=1)
     # How long a rotated secret goes on signing beside the new one, unless the owner says otherwise.
     webhook_rotation_overlap_s: int = Field(default=86_400, ge=0, le=604_800)
-    # A test goes to an address of the caller's choosing: this often at most, so that nobody is flooded through us.
+    # A test goes to an address of the caller's choosing: each subject may send one this often at most, over all of its
+    # webhooks, so that nobody is flooded through us.
     webhook_test_interval_s: int = Field(default=10, ge=0)
     # The delivery log reaches back so far; the payloads are in the badge events for ever.
     webhook_log_retention_days: int = Field(default=30, ge=2, le=3_650)

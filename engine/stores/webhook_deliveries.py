@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 
 import asyncpg
 
-from engine.webhooks import AttemptError, DeliveryStatus
+from engine.webhooks import LIFETIME, AttemptError, DeliveryStatus
 
 PRUNE_COUNT_MAX = 1_000  # rows of one statement; bounds its locks
 DELETED_THRESHOLDS_KEPT = timedelta(days=1)  # longer than any evaluator takes to see that one is gone
@@ -58,6 +58,11 @@ _SETTLE = """
     SET status = $7, due_at = $8, finished_at = CASE WHEN $7 = 'PENDING' THEN NULL ELSE now() END
     FROM kept WHERE d.id = kept.id AND d.status = 'PENDING' AND ($7 = 'DELIVERED' OR d.attempts_count = $2)
     RETURNING d.id
+"""
+# What is held for a webhook that is not active is given up when its day is over.
+_EXPIRE = """
+    UPDATE webhook_delivery AS d SET status = 'DEAD', due_at = NULL, finished_at = now() FROM webhook AS w
+    WHERE w.id = d.webhook_id AND NOT w.active AND d.status = 'PENDING' AND d.created_at <= now() - $1::interval
 """
 _PRUNE = """
     DELETE FROM webhook_delivery WHERE id IN (
@@ -125,6 +130,11 @@ class WebhookDeliveries:
             retry_at if status is DeliveryStatus.PENDING else None,
         )
         return status
+
+    async def expire(self) -> int:
+        """Give up what was held for too long; returns how many deliveries."""
+        status = await self._pool.execute(_EXPIRE, LIFETIME)
+        return int(status.rpartition(" ")[2])
 
     async def prune(self, retention_days: int) -> int:
         """Drop what is older than the log reaches back, and what has expired; returns how many deliveries."""

@@ -4,6 +4,7 @@
     webhook_secret     what its deliveries are signed with; two while one is being rotated
     webhook_delivery   what is to be posted, or was; one per webhook and event
     webhook_attempt    every attempt to deliver: the log
+    webhook_test       when each subject last asked for a test
     threshold          a bound that a portfolio's figure is watched for
 
 Secrets are kept as they are: a hash of one could not sign. Whoever reads this table can sign in its stead, so it is
@@ -89,6 +90,13 @@ webhook_attempt = Table(
     Column("duration_ms", Integer, nullable=False),
     Column("status_code", Integer),
     Column("error", Text),
+)
+
+webhook_test = Table(
+    "webhook_test",
+    metadata,
+    Column("owner", Text, primary_key=True),
+    Column("tested_at", INSTANT, nullable=False),
 )
 
 # `arrival` numbers what was created and deleted in the order of the commits, so that an evaluator knows what it has

@@ -97,9 +97,10 @@ _DROP_SECRETS = """
         AND (id < (SELECT max(id) FROM webhook_secret WHERE webhook_id = $1) OR expires_at <= now())
 """
 _LOCK = "SELECT id FROM webhook WHERE id = $1 AND owner = $2 FOR UPDATE"
-_TESTED = """
-    SELECT EXISTS (SELECT FROM webhook_delivery WHERE webhook_id = $1 AND kind = $2
-        AND created_at > now() - $3 * interval '1 second')
+# By owner: a webhook that was deleted and made anew is still the same subject's.
+_TEST = """
+    INSERT INTO webhook_test AS last (owner, tested_at) VALUES ($1, now()) ON CONFLICT (owner)
+    DO UPDATE SET tested_at = now() WHERE last.tested_at <= now() - $2 * interval '1 second' RETURNING owner
 """
 
 _LOGGED = """
@@ -119,7 +120,7 @@ class TooManyWebhooks(Exception):
 
 
 class TooManyTests(Exception):
-    """The last test of this webhook was a moment ago, or more waits for it than there is room for."""
+    """The subject's last test was a moment ago, or more waits for this webhook than there is room for."""
 
 
 class UnknownPortfolio(Exception):
@@ -306,7 +307,7 @@ class Webhooks:
                 return None
             waiting = await connection.fetch(_WAITING, [webhook_id], waiting_max)
             is_full = bool(waiting) and waiting[0][1] >= waiting_max
-            if is_full or await connection.fetchval(_TESTED, webhook_id, TEST_KIND, interval_s):
+            if is_full or await connection.fetchval(_TEST, owner, interval_s) is None:
                 raise TooManyTests
             row = _delivery_row(webhook_id, f"test/{uuid_utils.uuid7()}", TEST_KIND, None, b"null")
             await _deliver(connection, [row])

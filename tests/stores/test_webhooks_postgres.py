@@ -222,7 +222,15 @@ async def test_a_test_is_a_delivery_and_not_to_be_had_at_will(pool: asyncpg.Pool
     assert (sent.kind, sent.portfolio_id, sent.status, sent.attempts) == ("TEST", None, DeliveryStatus.PENDING, [])
     with pytest.raises(TooManyTests):
         await webhooks.test("ann", webhook.webhook_id, 10)
-    await pool.execute("UPDATE webhook_delivery SET created_at = created_at - interval '11 seconds'")
+    # Nor by another webhook of the subject's, or the same one made anew; another subject's is none of its business.
+    other, _ = await create(pool, kinds=[CROSSED])
+    with pytest.raises(TooManyTests):
+        await webhooks.test("ann", other.webhook_id, 10)
+    await webhooks.delete("ann", other.webhook_id)
+    bobs, _ = await create(pool, owner="bob", kinds=[CROSSED])
+    assert await webhooks.test("bob", bobs.webhook_id, 10) is not None
+    await webhooks.delete("bob", bobs.webhook_id)
+    await pool.execute("UPDATE webhook_test SET tested_at = tested_at - interval '11 seconds'")
     again = await webhooks.test("ann", webhook.webhook_id, 10)
     assert again is not None and again.delivery_id != sent.delivery_id
     with pytest.raises(TooManyTests):
@@ -231,6 +239,22 @@ async def test_a_test_is_a_delivery_and_not_to_be_had_at_will(pool: asyncpg.Pool
 
 
 # -- deliveries --------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_held_for_an_inactive_webhook_is_given_up_after_a_day(pool: asyncpg.Pool) -> None:
+    webhook, _ = await create(pool)
+    resting, _ = await create(pool)
+    await tell(pool, ("e1", "a-1", "UNLOCKED"), ("e2", "a-1", "UNLOCKED"))
+    await pool.execute("UPDATE webhook SET active = false WHERE id = $1", resting.webhook_id)
+    await pool.execute("UPDATE webhook_delivery SET created_at = now() - interval '23 hours'")
+    assert await WebhookDeliveries(pool).expire() == 0
+    await pool.execute("UPDATE webhook_delivery SET created_at = now() - interval '25 hours' WHERE event_id = 'e1'")
+    assert await WebhookDeliveries(pool).expire() == 1
+    logged = {one.event_id: one for one in await Webhooks(lambda: pool).deliveries(resting.webhook_id, 10)}
+    assert (logged["e1"].status, logged["e1"].due_at, logged["e1"].attempts) == (DeliveryStatus.DEAD, None, [])
+    assert logged["e1"].finished_at is not None and logged["e2"].status is DeliveryStatus.PENDING
+    others = await Webhooks(lambda: pool).deliveries(webhook.webhook_id, 10)
+    assert [one.status for one in others] == [DeliveryStatus.PENDING] * 2
 
 
 async def test_what_is_taken_is_taken_once_until_its_time_is_over(pool: asyncpg.Pool) -> None:

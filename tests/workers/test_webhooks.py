@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -128,7 +129,7 @@ def names(monkeypatch: pytest.MonkeyPatch, look_up: Callable[[str], list[str]]) 
     """Let names resolve to what the test says; returns what was looked up."""
     asked: list[str] = []
 
-    async def fake(host: str, port: int) -> list[str]:
+    def fake(host: str) -> list[str]:
         asked.append(host)
         return look_up(host)
 
@@ -142,7 +143,7 @@ async def test_a_name_that_resolves_to_loopback_is_refused(host: str) -> None:
     async with receiving() as receiver, sending(webhook_private_addresses=False) as sender:
         outcome = await sender.attempt(taken(f"https://{host}:{receiver.port}/"))
         assert receiver.connections_count == 0
-    assert outcome.error is AttemptError.PRIVATE_ADDRESS
+    assert (outcome.error, outcome.duration_ms) == (AttemptError.UNRESOLVED, 0)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,65 @@ async def test_one_private_address_is_enough_to_refuse_a_name(
 ) -> None:
     names(monkeypatch, lambda _: found)
     async with sending(webhook_private_addresses=False) as sender:
-        assert (await sender.attempt(taken("https://hooks.example.com/"))).error is AttemptError.PRIVATE_ADDRESS
+        assert (await sender.attempt(taken("https://hooks.example.com/"))).error is AttemptError.UNRESOLVED
+
+
+async def test_nobody_learns_from_the_log_which_names_an_inner_network_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(host: str) -> list[str]:
+        if host == "there.internal":
+            time.sleep(0.05)
+            return ["10.0.0.1"]
+        raise addresses.UnresolvedHost(host)
+
+    names(monkeypatch, look_up)
+    async with sending(webhook_private_addresses=False) as sender:
+        there = await sender.attempt(taken("https://there.internal/"))
+        assert there == await sender.attempt(taken("https://not-there.internal/"))
+
+
+async def test_names_that_hang_hold_up_no_other_thread_and_one_name_holds_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging, asked = threading.Event(), []
+
+    def look_up(host: str) -> list[str]:
+        asked.append(host)
+        if host.startswith("slow"):
+            hanging.wait(20)
+        return ["8.8.8.8"]
+
+    monkeypatch.setattr(addresses, "look_up", look_up)
+    host_names = addresses.HostNames(private_allowed=False, lookups_count_max=40)
+    try:
+        slow = [asyncio.create_task(host_names.resolve(f"slow-{number % 39}")) for number in range(120)]
+        # More than asyncio's own threads, which files, TLS and whoever else wait for.
+        async with asyncio.timeout(10):
+            assert await host_names.resolve("quick") == ["8.8.8.8"]
+            await asyncio.to_thread(list)
+        for task in slow[39:]:
+            task.cancel()
+        assert sorted(asked) == sorted({"quick", *(f"slow-{number}" for number in range(39))})
+        hanging.set()
+        assert await asyncio.gather(*slow[:39]) == [["8.8.8.8"]] * 39, "others gave up waiting for the same names"
+        await host_names.resolve("slow-1")
+        assert asked.count("slow-1") == 2, "nothing is remembered"
+    finally:
+        hanging.set()
+        host_names.close()
+
+
+async def test_more_names_than_threads_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = threading.Event()
+    monkeypatch.setattr(addresses, "look_up", lambda _: hanging.wait(20) and ["8.8.8.8"])
+    host_names = addresses.HostNames(private_allowed=False, lookups_count_max=2)
+    try:
+        tasks = [asyncio.create_task(host_names.resolve(f"name-{number}")) for number in range(5)]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await host_names.resolve("late")
+        hanging.set()
+        assert await asyncio.gather(*tasks) == [["8.8.8.8"]] * 5
+    finally:
+        hanging.set()
+        host_names.close()
 
 
 async def test_a_private_address_in_the_url_is_refused_also_when_it_was_allowed_once() -> None:
