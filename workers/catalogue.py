@@ -2,7 +2,7 @@
 
 PostgreSQL keeps every classification (engine.stores.assets_postgres); the hash `assets` has the one in force of each
 symbol. It is written whole at every load, after the commit, so that what a load before it could not write is made
-good; a message on the channel `assets` then tells whoever keeps classifications in memory.
+good. Whoever keeps classifications in memory asks PostgreSQL every few seconds for what is new.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ async def _tell(settings: Settings, pool: asyncpg.Pool) -> None:
         for start in range(0, len(symbols), SYMBOLS_PER_COMMAND_MAX):
             part = {symbol: packed[symbol] for symbol in symbols[start : start + SYMBOLS_PER_COMMAND_MAX]}
             await redis.hset(redis_keys.ASSETS, mapping=part)  # type: ignore[arg-type] # its stub knows text only
-        await redis.publish(redis_keys.ASSETS_CHANNEL, b"")
     except AWAY as error:
         _log.warning("assets_unwritten", reason=type(error).__name__)
     finally:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 PRICES = "prices"
 QUOTES_CHANNEL = "quotes"
-# Hash: symbol → packed classification (engine.assets.Classification), the one in force; and the channel that says so, a
-# hint, which may be lost. PostgreSQL has them all.
+# Hash: symbol → packed classification (engine.assets.Classification), the one in force. PostgreSQL has them all.
 ASSETS = "assets"
-ASSETS_CHANNEL = "assets"
 # The ids of the portfolios that have new badge events; a hint, which may be lost.
 BADGES_CHANNEL = "badges"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
@@ -125,17 +124,6 @@ async def test_loading_the_same_file_again_changes_nothing(settings: Settings, r
     assert await load_assets(settings, text) == Loaded(1, 0, 0)
     assert await load_assets(settings) == Loaded(60, added=59, reclassified=0)
     assert (await told(redis))["TSLA"] == before["TSLA"]
-
-
-async def test_a_load_is_announced(settings: Settings, redis: Redis) -> None:
-    async with redis.pubsub() as listening:
-        await listening.subscribe(redis_keys.ASSETS_CHANNEL)
-        assert (await listening.get_message(timeout=5))["type"] == "subscribe"
-        await load_assets(settings, f"{HEADER}TSLA,,EQUITY,Mine,\n")
-        async with asyncio.timeout(5):
-            while (message := await listening.get_message(timeout=5)) is None:
-                pass
-        assert message["type"] == "message"
 
 
 async def test_a_redis_that_was_away_is_made_good_by_the_next_load(settings: Settings, redis: Redis) -> None:
