@@ -26,6 +26,8 @@ from resolvers.streams import StreamKind, kind_of, make_pace
 AWAY_RETRY_INTERVAL_S = 1
 # A fill's mark may be flushed a moment before its positions are written: they are read once more after this.
 SETTLE_INTERVAL_S = 0.5
+# An evaluator learns of loaded assets on its own and writes allocations anew within this: they are read once more.
+RECLASSIFIED_INTERVAL_S = 5.0
 
 Update = TypeVar("Update")
 
@@ -114,12 +116,13 @@ class _Held:
         self._rows: list[PositionValuation] = []
         self._shown: dict[str, tuple[object, ...]] = {}
         self._read_at: tuple[int, int, int] | None = None
-        self._settling: asyncio.TimerHandle | None = None
+        self._settling: dict[float, asyncio.TimerHandle] = {}
         self._settled = True
 
     def close(self) -> None:
-        if self._settling is not None:
-            self._settling.cancel()
+        for timer in self._settling.values():
+            timer.cancel()
+        self._settling.clear()
 
     def present(
         self,
@@ -140,9 +143,11 @@ class _Held:
         read_at = (mark.epoch, mark.ledger_sequence, services.assets.arrival)
         if self._read_at != read_at:
             await self._read()
+            is_reclassified = self._read_at is not None and self._read_at[2] != read_at[2]
             self._read_at = read_at
-            self.close()
-            self._settling = asyncio.get_running_loop().call_later(SETTLE_INTERVAL_S, self._settle)
+            self._settle_after(SETTLE_INTERVAL_S)
+            if is_reclassified:
+                self._settle_after(RECLASSIFIED_INTERVAL_S)
         elif not self._settled:
             await self._read()
             self._settled = True
@@ -167,6 +172,13 @@ class _Held:
         taken = self._watch.take()
         if taken is not None:
             self._quotes.update(taken[0])
+
+    def _settle_after(self, delay_s: float) -> None:
+        """In place of what was to come after the same delay."""
+        before = self._settling.get(delay_s)
+        if before is not None:
+            before.cancel()
+        self._settling[delay_s] = asyncio.get_running_loop().call_later(delay_s, self._settle)
 
     def _settle(self) -> None:
         self._settled = False

@@ -7,9 +7,12 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
+import pytest
+
 from engine.assets import Asset, AssetClass
 from engine.messages import Quote
 from engine.sectors import SectorValue
+from resolvers import position_streams
 from tests.builders import MICRO, MarkRow, frame, held
 from tests.gateway import Gateway, Stream
 from tests.resolvers.test_allocation_queries import ALLOCATION
@@ -108,6 +111,28 @@ async def test_a_reclassification_shows_without_a_quote(gateway: Gateway, shard:
         update = await stream.next(wait_s=0.6)  # before the next heartbeat
         assert update["kind"] == "UPDATE"
         assert {part["name"] for part in update["allocation"]["bySector"]} == {"Industrials", "Energy"}
+
+
+async def test_what_an_evaluator_makes_of_a_reclassification_later_shows_too(
+    gateway: Gateway, shard: int, portfolio_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The API may know of a load before the evaluator has written the weights at the last fill anew."""
+    monkeypatch.setattr(position_streams, "RECLASSIFIED_INTERVAL_S", 1.5)
+    _, one, _ = await begin(gateway, shard, portfolio_id)
+    async with gateway.socket() as socket:
+        stream = await socket.subscribe(QUERY, {"id": portfolio_id, "rate": FAST_HZ})
+        while (await stream.next())["kind"] != "HEARTBEAT":
+            pass
+        await gateway.ledger.assets([replace(tech(one), sector="Industrials")])
+        await gateway.application.services.assets.refresh()
+        _, weights = await sectors_of(stream, "HEARTBEAT")
+        assert weights == {"Industrials": ("0.5", None), "Energy": ("0.5", "0.25")}
+        await asyncio.sleep(position_streams.SETTLE_INTERVAL_S + 0.3)
+        values = {"Industrials": SectorValue(3 * MICRO, 3 * MICRO), "Energy": SectorValue(MICRO, MICRO)}
+        await gateway.redis.redis.delete(f"sector_values:{{{shard}}}:{portfolio_id}")
+        await gateway.redis.sectors(shard, portfolio_id, values)
+        _, weights = await sectors_of(stream, "HEARTBEAT")
+        assert weights == {"Industrials": ("0.5", "0.75"), "Energy": ("0.5", "0.25")}
 
 
 async def test_whose_portfolio_and_how_often(gateway: Gateway, portfolio_id: str) -> None:
