@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.resources import files
 
@@ -44,11 +45,16 @@ class AssetClass(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Asset:
+    """`version` counts a symbol's classifications from 1, `classified_at` is since when this one is in force (None:
+    always); what an asset is they do not change."""
+
     symbol: str
     name: str
     asset_class: AssetClass
     sector: str
     industry: str
+    version: int = field(default=1, compare=False)
+    classified_at: datetime | None = field(default=None, compare=False)
 
 
 class Classification(msgspec.Struct, frozen=True, array_like=True):
@@ -62,7 +68,9 @@ class Classification(msgspec.Struct, frozen=True, array_like=True):
     effective_at_ns: int
 
     def asset(self, symbol: str) -> Asset:
-        return Asset(symbol, self.name, self.asset_class, self.sector, self.industry)
+        since_s, since_ns = divmod(self.effective_at_ns, 1_000_000_000)
+        since = datetime.fromtimestamp(since_s, UTC).replace(microsecond=since_ns // 1_000) if since_s else None
+        return Asset(symbol, self.name, self.asset_class, self.sector, self.industry, self.version, since)
 
 
 classification_encoder = msgspec.msgpack.Encoder()
@@ -126,7 +134,7 @@ def _parse_row(row: list[str], line_number: int) -> Asset:
     except ValueError:
         known = ", ".join(AssetClass)
         raise AssetFileError(line_number, f"asset_class {asset_class[:40]!r} is not one of {known}") from None
-    for field, text in (("name", name), ("sector", sector), ("industry", industry)):
+    for column, text in (("name", name), ("sector", sector), ("industry", industry)):
         if len(text) > TEXT_LENGTH_MAX or not text.isprintable():
-            raise AssetFileError(line_number, f"{field} is longer than {TEXT_LENGTH_MAX} or not printable")
+            raise AssetFileError(line_number, f"{column} is longer than {TEXT_LENGTH_MAX} or not printable")
     return Asset(symbol, name or symbol, known_class, sector or UNCLASSIFIED, industry)

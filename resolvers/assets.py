@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import strawberry
 
 from engine.assets import Asset as EngineAsset
@@ -21,6 +23,12 @@ class Asset(Node):
         description="GICS sector of an equity, navstream's own sectors of other classes, or UNCLASSIFIED."
     )
     industry: str = strawberry.field(description="Industry within the sector; empty where nobody has said.")
+    version: int = strawberry.field(
+        description="Counts the asset's classifications (class, sector and industry), from 1; this one is in force."
+    )
+    classified_at: datetime | None = strawberry.field(
+        description="Since when this classification is in force; null for the first one, which always was."
+    )
 
 
 def show_asset(asset: EngineAsset) -> Asset:
@@ -31,6 +39,8 @@ def show_asset(asset: EngineAsset) -> Asset:
         asset_class=asset.asset_class,
         sector=asset.sector,
         industry=asset.industry,
+        version=asset.version,
+        classified_at=asset.classified_at,
     )
 
 

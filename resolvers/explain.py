@@ -90,7 +90,8 @@ class ContributionShare:
 @strawberry.type(
     description=(
         "What each asset contributed to the range's P&L, by explain's parts. Each list sums to the total exactly. "
-        "Sectors and classes are those in force at the range's end."
+        "Sectors and classes are those in force at the range's end: an asset that was reclassified within the range is "
+        "not split, all that it contributed is in the sector and class that it came to last."
     )
 )
 class Contribution:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
@@ -63,17 +63,23 @@ _VERSIONS = """
     WHERE arrival > $1 ORDER BY arrival
 """
 _IN_FORCE = """
-    SELECT DISTINCT ON (symbol) symbol, name, asset_class, sector, industry FROM asset_version
+    SELECT DISTINCT ON (symbol) symbol, name, asset_class, sector, industry, version, effective_at FROM asset_version
     WHERE symbol = ANY($1::text[]) AND effective_at <= $2 ORDER BY symbol, version DESC
 """
-_GET = f"SELECT {_COLUMNS} FROM asset WHERE symbol = ANY($1::text[])"  # noqa: S608
+_NEWEST = """
+    SELECT symbol, asset.name, asset.asset_class, asset.sector, asset.industry, version, effective_at
+    FROM asset LEFT JOIN asset_version USING (symbol, version)
+"""
+_GET = f"{_NEWEST} WHERE symbol = ANY($1::text[])"
 _CLASSES = "SELECT symbol, asset_class FROM asset"
 _LIST = f"""
-    SELECT {_COLUMNS} FROM asset
+    {_NEWEST}
     WHERE symbol COLLATE "C" > $1
-      AND ($2::text IS NULL OR asset_class = $2) AND ($3::text IS NULL OR sector = $3)
+      AND ($2::text IS NULL OR asset.asset_class = $2) AND ($3::text IS NULL OR asset.sector = $3)
     ORDER BY symbol COLLATE "C" LIMIT $4
-"""  # noqa: S608
+"""
+
+_ALWAYS = datetime.fromtimestamp(0, UTC)
 
 Connection = asyncpg.Pool | asyncpg.Connection | PoolConnectionProxy
 
@@ -162,5 +168,14 @@ def _arrays(assets: Sequence[Asset]) -> list[list[str]]:
 
 
 def _asset(row: asyncpg.Record) -> Asset:
-    asset_class = AssetClass(row["asset_class"])
-    return Asset(row["symbol"], row["name"], asset_class, row["sector"], row["industry"])
+    asset_class, since = AssetClass(row["asset_class"]), row["effective_at"]
+    always = since is None or since == _ALWAYS
+    return Asset(
+        row["symbol"],
+        row["name"],
+        asset_class,
+        row["sector"],
+        row["industry"],
+        row["version"],
+        None if always else since,
+    )
