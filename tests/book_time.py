@@ -67,6 +67,9 @@ class Actions:
     def splits_of(self, symbol: str) -> Iterable[Split]:
         return self.splits.get(symbol, ())
 
+    def splits_digest(self) -> str:
+        return str(sorted(self.splits.items()))
+
 
 class Quotes:
     def __init__(self) -> None:
@@ -79,6 +82,8 @@ class Quotes:
 
 class Sectors:
     """AAPL is an equity, BTC is crypto, GOLD a commodity."""
+
+    arrival = 3
 
     def class_of(self, symbol: str) -> AssetClass:
         classes = {"AAPL": AssetClass.EQUITY, "BTC": AssetClass.CRYPTO, "GOLD": AssetClass.COMMODITY}

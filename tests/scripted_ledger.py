@@ -7,6 +7,7 @@ state is compared with. `write` leaves it in PostgreSQL the way the evaluator do
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -28,6 +29,7 @@ from engine.stores.price_closes import PriceCloses
 
 BEGIN = datetime(2026, 3, 2, 9, 30, tzinfo=UTC)
 HOUR = timedelta(hours=1)
+SYMBOLS = ("AAPL", "TSLA", "KO")
 
 
 @dataclass(frozen=True)
@@ -228,3 +230,36 @@ class ScriptedLedger:
 
     def _id(self) -> str:
         return f"{self.portfolio_id}-e{next(self._ids)}"
+
+
+def lived(name: str, seed: int, steps: int = 220) -> tuple[ScriptedLedger, list[Moment]]:
+    """A life of all kinds of entries; moments[k] is after the entry k + 1."""
+    chance, script = random.Random(seed), ScriptedLedger(name)
+    script.cash("DEPOSIT", "100000")
+    moments: dict[int, Moment] = {}
+    for symbol in SYMBOLS:
+        script.quote(symbol, "100")
+    while script.portfolio.ledger_sequence < steps:
+        script.wait(timedelta(minutes=7))
+        symbol = chance.choice(SYMBOLS)
+        match chance.randrange(12):
+            case 0:
+                script.quote(symbol, str(chance.randint(50, 150)))
+            case 1:
+                script.cash(chance.choice(["DEPOSIT", "WITHDRAWAL", "REWARD", "FEE", "INTEREST"]), "12.345678")
+            case 2:
+                late_by = chance.choice([timedelta(), HOUR])
+                script.split(symbol, chance.choice([Fraction(2), Fraction(1, 2), Fraction(3, 2)]), late_by)
+            case 3:
+                script.accrue(symbol, "0.37")
+            case 4:
+                script.pay()
+            case 5:
+                script.reverse(chance.choice(script.entries))
+            case 6:
+                script.fill(symbol, "BUY", "3.001", "98.7", "0.5", scale=Fraction(3, 2))
+            case _:
+                size = str(chance.choice([1, 2, 5, 10, 20]))
+                script.fill(symbol, chance.choice(["BUY", "SELL"]), size, str(chance.randint(80, 120)), "1.25")
+        moments[script.portfolio.ledger_sequence] = script.moment()
+    return script, [moments[sequence] for sequence in sorted(moments)]

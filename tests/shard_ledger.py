@@ -20,9 +20,10 @@ from engine.runtime.connections import make_engine, postgres_dsn
 from engine.runtime.settings import Settings
 from engine.stores.actions_postgres import ActionsStore
 from engine.stores.ledger_postgres import Lease, LedgerWriter
-from engine.stores.shard_loading import LoadedPortfolio, LoadedShard
+from engine.stores.shard_loading import LoadedShard
 from engine.stores.shards_postgres import Shards
 from tests.bookkeeping import record
+from tests.slow_loading import LoadedPortfolio, load_slowly, portfolios_of
 
 CUT_AT = datetime(2026, 11, 20, tzinfo=UTC)
 BEFORE, AFTER = CUT_AT - timedelta(hours=5), CUT_AT + timedelta(hours=5)
@@ -83,15 +84,23 @@ class ShardLedger:
             "INSERT INTO price_close VALUES ($1, $2, $3, $4, 'feed', '')", symbol, at, Decimal(price), ts_event
         )
 
-    async def load(self) -> LoadedShard:
-        def quote_of(symbol: str) -> tuple[Decimal, int] | None:
-            found = self.quotes.get(symbol)
-            return None if found is None else (found[0], to_ns(found[1]))
+    def quote_of(self, symbol: str) -> tuple[Decimal, int] | None:
+        found = self.quotes.get(symbol)
+        return None if found is None else (found[0], to_ns(found[1]))
 
-        return await self.shards.load(self.lease, lambda text: to_ns(self.cuts.get(text, CUT_AT)), quote_of)
+    def last_cut(self, day_cut: str) -> int:
+        return to_ns(self.cuts.get(day_cut, CUT_AT))
+
+    async def load(self) -> LoadedShard:
+        return await self.shards.load(self.lease, self.last_cut, self.quote_of)
+
+    async def load_slowly(self) -> tuple[list[LoadedPortfolio], list[tuple[int, list[Baseline]]]]:
+        """What `load` is to find, read portfolio by portfolio."""
+        async with self.engine.connect() as connection:
+            return await load_slowly(connection, self.lease.shard, self.last_cut, self.quote_of)
 
     async def one(self) -> LoadedPortfolio:
-        (loaded,) = (await self.load()).portfolios
+        (loaded,) = portfolios_of(await self.load())
         return loaded
 
     async def estimated(self) -> Baseline:

@@ -34,6 +34,7 @@ from workers.badge_proving import BadgeProving
 from workers.corporate_actions import ActionSchedule
 from workers.dead_letters import bury
 from workers.flusher import Flusher, OwnedShard
+from workers.hot_positions import HotPositions
 from workers.sector_map import SectorMap
 
 REFRESH_INTERVAL_S = 1.0
@@ -53,6 +54,7 @@ class Host(Protocol):
     producer: AIOKafkaProducer
     actions: ActionSchedule
     flusher: Flusher
+    positions: HotPositions
     sectors: SectorMap
     badges: BadgeProving
 
@@ -189,7 +191,6 @@ class ActionBooking:
         for letter in booked.dead_letters:
             telemetry.ACTION_HOLDERS_PASSED.inc()
             _log.error("holder_passed_over", code=letter.code, reason=letter.reason)
-        owned.loaded = None  # what `take` read is older than this
         # Positions without an entry (they were opened in new shares) are to name the split as well.
         owned.positions_due |= any(one.step.scale is not None for one in due)
         owned.posting = True
@@ -197,7 +198,7 @@ class ActionBooking:
             host = self._host
             changes = post(host.book, owned.lease.shard, booked, host.sectors.sector_of, host.actions.splits_of)
             host.badges.booked(prover, booked)
-            await host.flusher.write_positions(owned, [change for change in changes if change.is_of_positions])
+            await host.positions.write(owned, [change for change in changes if change.is_of_positions])
         finally:
             owned.posting = False
         for one in due:

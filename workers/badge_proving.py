@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.badge_book import BadgeBook
-from engine.badges import Proof, Rule, States
+from engine.badges import Proof, Rule
 from engine.book import Book
 from engine.book_columns import Int64s
 from engine.booking import Booked
@@ -31,7 +31,7 @@ from engine.runtime import telemetry
 from engine.runtime.clock import to_datetime
 from engine.stores.badges_postgres import BadgesStore, BatchProver
 from engine.stores.ledger_postgres import Fenced, Lease
-from engine.stores.shard_loading import LoadedPortfolio
+from engine.stores.shard_loading import LoadedShard
 from workers.owned_shard import OwnedShard
 from workers.sector_map import SectorMap
 
@@ -72,11 +72,11 @@ class BadgeProving:
 
     # -- shards ----------------------------------------------------------------------------------------------
 
-    def take(self, shard: int, portfolio: LoadedPortfolio, states: States) -> None:
-        """A portfolio that the Book has just taken in, with what it has met."""
-        oldest = min((position.held_since for position in portfolio.positions.values()), default=None)
-        slot = self._host.book.slot(portfolio.portfolio_id)
-        self.book.open(portfolio.portfolio_id, shard, slot, states, oldest)
+    def take(self, shard: int, loaded: LoadedShard, start: int, slots: Int64s) -> None:
+        """Portfolios that the Book has just taken in at these slots, from a place on, with what they have met."""
+        for place, slot in enumerate(slots.tolist(), start):
+            name = loaded.portfolio_ids[place]
+            self.book.open(name, shard, slot, loaded.badges.get(name, {}), loaded.oldest(place))
 
     def drop(self, shard: int) -> None:
         """Forget a shard's portfolios, to take in what the ledger has; what was found is still true, and kept."""

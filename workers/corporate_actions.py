@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
+from hashlib import blake2b
 
 import msgspec
 
@@ -157,6 +158,11 @@ class ActionSchedule:
     def splits_of(self, symbol: str) -> tuple[Split, ...]:
         """The splits of a symbol that are in quantities and prices of the Book."""
         return self._in_book.get(symbol, NO_SPLITS)
+
+    def splits_digest(self) -> str:
+        """Equal where the splits in quantities and prices of the Book are."""
+        known = [(symbol, one.effective_at_ns, one.scale) for symbol, of in self._in_book.items() for one in of]
+        return blake2b(repr(sorted(known)).encode(), digest_size=8).hexdigest()
 
     def _recount(self) -> None:
         """Derive everything else from the actions and what each shard has booked."""

@@ -35,6 +35,7 @@ from engine.runtime.connections import AWAY, Outage, connect_redis, make_engine,
 from engine.runtime.settings import Settings
 from engine.stores.actions_postgres import ActionsStore
 from engine.stores.badges_postgres import BadgesStore
+from engine.stores.hot_state_former import FormerHotState
 from engine.stores.hot_state_redis import HotStateWriter
 from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter, OffsetMoved
 from engine.stores.shards_postgres import Shards
@@ -44,11 +45,13 @@ from workers.badge_proving import BadgeProving
 from workers.corporate_actions import ActionSchedule
 from workers.dead_letters import bury
 from workers.flusher import Flusher, OwnedShard
+from workers.hot_positions import HotPositions
 from workers.lifecycle import run_together
 from workers.quote_intake import QuoteIntake
 from workers.reclassification import Reclassification
 from workers.sector_map import SectorMap
 from workers.split_order import SplitOrder
+from workers.take_over import TakeOver
 from workers.threshold_watch import ThresholdWatch
 
 HELD_INTERVAL_S = 0.01  # fills that wait for a split are looked at this often
@@ -73,12 +76,15 @@ class Evaluator:
         self.shards = Shards(self._engine, self.owner, settings.lease_duration_ms)
         self.sectors = SectorMap(self._engine)
         self.hot = HotStateWriter(self._redis)
+        self.former = FormerHotState(self._redis)
         self.quotes = QuoteIntake(settings)
         actions_store = ActionsStore(self._engine)
         self.actions = ActionSchedule(actions_store)
         self._split_order = SplitOrder(clock, self.actions)
         self.badges = BadgeProving(BadgesStore(self._engine, settings.badge_topic), self)
         self.flusher = Flusher(settings, clock, self)
+        self.positions = HotPositions(clock, self)
+        self._take_over = TakeOver(self, self.positions, self.flusher.time)
         self.booking = ActionBooking(settings, clock, actions_store, self)
         self.thresholds = ThresholdWatch(settings, WatchedThresholds(self._engine), self)
         self.flusher.watchers.append(self.thresholds.look)
@@ -232,24 +238,24 @@ class Evaluator:
                 lease = self._claims[0]
                 await self._take(lease)
                 self._claims = [claimed for claimed in self._claims if claimed is not lease]
-            # Before anything of a new shard is published: its quantities must be in the shares of the Book's prices.
-            await self.booking.book_due()
+                # Before anything of it is published: its quantities must be in the shares of the Book's prices.
+                await self.booking.book_due()
+                await self._settle()  # readers have the first shard while the others are loaded
             self._assign()
-        if time.monotonic() >= self._settle_at_s:
-            await self._settle()
+        await self._settle()
 
     async def _settle(self) -> None:
         """Bring hot state and the ledger what they lack; booking goes on when Redis is away."""
+        if time.monotonic() < self._settle_at_s:
+            return
         try:
             for owned in list(self.owned.values()):
                 try:
-                    await self.flusher.settle(owned)
+                    await self._take_over.settle(owned)
                 except Fenced as error:
                     self.lose(owned.lease, str(error))
         except AWAY as error:
             self._settle_at_s = time.monotonic() + self._settling.begin_or_continue(error)
-            for owned in self.owned.values():
-                owned.loaded = None
         else:
             self._settling.end()
 
@@ -268,10 +274,10 @@ class Evaluator:
         try:
             if before is not None:
                 before.published = False
-                await self.flusher.store_cuts(before)
+                await self._take_over.store_cuts(before)
             await self._store_kept_cuts(lease)
             await self.booking.take(lease.shard)
-            owned = await self.flusher.take(lease)
+            owned = await self._take_over.take(lease)
         except Fenced as error:
             _log.warning("shard_lost", shard=lease.shard, epoch=lease.epoch, reason=str(error))
             self.lose(lease, str(error))
@@ -286,7 +292,7 @@ class Evaluator:
         from the ledger."""
         before = self._cuts_kept.get(lease.shard)
         if before is not None and before.lease.epoch + 1 == lease.epoch:
-            await self.flusher.store_cuts(replace(before, lease=lease))
+            await self._take_over.store_cuts(replace(before, lease=lease))
         self._cuts_kept.pop(lease.shard, None)
 
     def _assign(self) -> None:
@@ -372,7 +378,7 @@ class Evaluator:
             for portfolio_id, opened in booked.opened.items():
                 self.flusher.place(portfolio_id, opened.day_cut)
             self.badges.booked(prover, booked)
-            await self.flusher.write_positions(shard, changes)
+            await self.positions.write(shard, changes)
         finally:
             shard.posting = False
 

@@ -1,38 +1,32 @@
-"""From the Book to hot state: take-over, flush, snapshot frames, heartbeat.
+"""From the Book to hot state: flush, snapshot frames, heartbeat.
 
 Every `flush_interval_ms` the Book is brought to the present (workers.book_time) and, per owned shard, the changed marks
-are written by one HSET and published as one frame. A shard is published in full when it is taken over and when Redis
-forgot it: positions and marks under its epoch first, then the pointer, then a frame with every row. Until then it is
-not flushed; its changes wait in the Book. The clock is read once per flush.
+are written by one HSET and published as one frame. A shard that is not published (workers.take_over) is not flushed;
+its changes wait in the Book. The clock is read once per flush.
 
 What was taken at boundaries is kept until others have it: baselines of day cuts until PostgreSQL does, snapshot frames
 until Redis does, these for FRAME_AGE_MAX_S.
 
-What reads the ledger (`take`, `publish`, `settle`) is called by the evaluator's events loop alone, between batches, so
-that positions read there are never older than what was written.
+A mark is never ahead of its positions: while a batch is on its way from the ledger to hot positions its shard is not
+flushed. Whoever takes a shard over goes by that.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import structlog
 
-from engine.badges import Rule
 from engine.book_columns import Int64s
 from engine.marks import FrameHeader, MarkArray
-from engine.posting import PositionsChange, allocation, hot_position
 from engine.runtime import telemetry
-from engine.runtime.clock import Clock, MarketClock, to_datetime
+from engine.runtime.clock import Clock
 from engine.runtime.connections import AWAY, Outage, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores.hot_state_redis import FlushOutcome
-from engine.stores.ledger_postgres import Lease
-from engine.stores.shard_loading import LoadedPortfolio, LoadedShard
 from workers.book_time import BookTime
 from workers.owned_shard import Host, OwnedShard
 
@@ -42,10 +36,7 @@ _log = structlog.get_logger(__name__)
 
 HEARTBEAT_INTERVAL_S = 1.0
 FRAME_AGE_MAX_S = 60.0
-# A recorded market cuts several days a second: what all positions are rewritten for, their day P&L, follows this late.
-RECORDED_POSITIONS_INTERVAL_S = 3.0
 HELD_INTERVAL_S = 0.01  # while quotes wait at a boundary it is looked at this often
-PORTFOLIOS_PER_STEP_MAX = 500  # how much of a take-over runs before other tasks get their turn
 
 
 class Flusher:
@@ -53,8 +44,7 @@ class Flusher:
         self._settings = settings
         self._clock = clock
         self._host = host
-        self._time = BookTime(settings, clock, host)
-        self._positions_interval_s = RECORDED_POSITIONS_INTERVAL_S if isinstance(clock, MarketClock) else 0
+        self.time = self._time = BookTime(settings, clock, host)
         self._outage = Outage("redis")
         # Told of every shard's flushed slots and their marks, once these are in hot state.
         self.watchers: list[Callable[[OwnedShard, Int64s, MarkArray], None]] = []
@@ -78,123 +68,11 @@ class Flusher:
         if self._time.is_held:
             self._time.advance()
 
-    # -- called by the events loop ---------------------------------------------------------------------------
-
-    async def take(self, lease: Lease) -> OwnedShard:
-        """Load a shard into the Book, in place of what it held of it. Raises Fenced; AWAY errors of the ledger."""
-        with self._time.loading():
-            while True:
-                self._time.advance()
-                loaded = await self._load(lease, self._host.badges.rules)
-                self._host.book.drop_shard(lease.shard)
-                self._host.badges.drop(lease.shard)
-                for start in range(0, len(loaded.portfolios), PORTFOLIOS_PER_STEP_MAX):
-                    for portfolio in loaded.portfolios[start : start + PORTFOLIOS_PER_STEP_MAX]:
-                        self._open(lease.shard, portfolio)
-                        self._host.badges.take(lease.shard, portfolio, loaded.badges.get(portfolio.portfolio_id, {}))
-                    await asyncio.sleep(0)
-                if all(self._time.last_cut(day_cut) == cut_at for day_cut, cut_at in loaded.cuts.items()):
-                    break
-                _log.info("day_cut_while_loading", shard=lease.shard)
-        owned = OwnedShard(lease, loaded.next_offset, loaded=loaded.portfolios)
-        owned.cuts_due += loaded.estimated
-        return owned
-
-    async def _load(self, lease: Lease, rules: Sequence[Rule] = ()) -> LoadedShard:
-        return await self._host.shards.load(lease, self._time.last_cut, self._time.quote_of, rules)
-
-    async def publish(self, owned: OwnedShard) -> None:
-        """Write all of a shard to hot state and point readers at it. Raises Fenced; AWAY errors."""
-        number, epoch = owned.lease.shard, owned.lease.epoch
-        if not await self.write_all_positions(owned):
-            return
-        slots = self._host.book.slots_of(number)
-        owned.sequence += 1  # these marks are newer than any flushed before them
-        owned.flushed_sequence = owned.sequence
-        now_ns = self.as_of_ns
-        marks = self._host.book.marks(slots, now_ns, owned.sequence)
-        await self._host.hot.write_marks(number, epoch, slots, marks)
-        if not await self._host.hot.advance(number, epoch, self._host.shards.owner, now_ns):
-            self._host.lose(owned.lease, "hot state has a newer epoch")
-            return
-        self._host.book.touch(slots)
-        owned.published = True
-
-    async def write_all_positions(self, owned: OwnedShard) -> bool:
-        """Write every position of a shard from the ledger, with the Book's day bases; False when fenced."""
-        portfolios, owned.loaded = owned.loaded, None
-        if portfolios is None:
-            portfolios = (await self._load(owned.lease)).portfolios
-        for start in range(0, len(portfolios), PORTFOLIOS_PER_STEP_MAX):
-            part = portfolios[start : start + PORTFOLIOS_PER_STEP_MAX]
-            if not await self._write(owned, [self._all_positions(portfolio) for portfolio in part]):
-                return False
-        return True
-
-    async def write_positions(self, owned: OwnedShard, changes: Sequence[PositionsChange]) -> None:
-        """Write what a batch changed; when Redis is away the whole shard is published again later."""
-        if not changes or not owned.published:
-            return
-        try:
-            await self._write(owned, changes)
-        except AWAY as error:
-            _log.warning("positions_unwritten", shard=owned.lease.shard, reason=type(error).__name__)
-            owned.published = False
-
-    async def settle(self, owned: OwnedShard) -> None:
-        """Bring the ledger and hot state what they lack of a shard. Raises Fenced; AWAY errors."""
-        await self.store_cuts(owned)
-        if not owned.published:
-            await self.publish(owned)
-        elif owned.positions_due and time.monotonic() - owned.positions_written_at_s >= self._positions_interval_s:
-            # Cleared first: a day cut may come while they are written, and makes them due again.
-            owned.positions_due = False
-            owned.positions_written_at_s = time.monotonic()
-            try:
-                await self.write_all_positions(owned)
-            except BaseException:
-                owned.positions_due, owned.positions_written_at_s = True, -math.inf
-                raise
-
-    async def store_cuts(self, owned: OwnedShard) -> None:
-        """Give the ledger the day bases it does not have yet. Raises Fenced; AWAY errors."""
-        while owned.cuts_due:
-            cut_at_ns, baselines = owned.cuts_due[0]
-            await self._host.shards.store_cut(owned.lease, to_datetime(cut_at_ns), baselines)
-            owned.cuts_due.pop(0)
-
-    async def _write(self, owned: OwnedShard, changes: Sequence[PositionsChange]) -> bool:
-        if await self._host.hot.write_positions(owned.lease.shard, owned.lease.epoch, changes):
-            return True
-        self._host.lose(owned.lease, "hot state has a newer epoch")
-        return False
-
-    def _open(self, shard: int, portfolio: LoadedPortfolio) -> None:
-        book = self._host.book
-        book.open(portfolio.portfolio_id, shard, portfolio.account, portfolio.holdings)
-        book.begin_day(portfolio.portfolio_id, portfolio.day_cut, portfolio.day_cut_at_ns)
-        for symbol, day_base in portfolio.closed_day_bases.items():
-            book.keep_closed_day_base(portfolio.portfolio_id, symbol, day_base)
-        self._host.hot.layout.place(book.slot(portfolio.portfolio_id), portfolio.portfolio_id)
-
     def place(self, portfolio_id: str, day_cut: str) -> None:
         """Begin the day of a portfolio that the Book has just taken in, and lay out its hot row."""
         book = self._host.book
         book.begin_day(portfolio_id, day_cut, self._time.last_cut(day_cut))
         self._host.hot.layout.place(book.slot(portfolio_id), portfolio_id)
-
-    def _all_positions(self, portfolio: LoadedPortfolio) -> PositionsChange:
-        book, name = self._host.book, portfolio.portfolio_id
-        positions = {
-            held.symbol: hot_position(
-                portfolio.positions[held.symbol],
-                book.position_day_base(name, held.symbol) if name in book else held.day_base,
-                self._host.actions.splits_of(held.symbol),
-            )
-            for held in portfolio.holdings
-        }
-        sectors = allocation(book, name, self._host.sectors.sector_of) if name in book else {}
-        return PositionsChange(name, replace=True, closed=(), positions=positions, sectors=sectors)
 
     # -- the flush loop --------------------------------------------------------------------------------------
 
@@ -226,8 +104,9 @@ class Flusher:
 
     async def _flush_shard(self, owned: OwnedShard, slots: Int64s, as_of_ns: int, oldest_event_ns: int) -> None:
         now_s = time.monotonic()
-        # A shard may have been let go, and its slots taken by others, since they were counted as changed.
-        if self._host.owned.get(owned.lease.shard) is not owned or not owned.published:
+        # A shard may have been let go, and its slots taken by others, since they were counted as changed; or a batch
+        # may have come to the Book.
+        if self._host.owned.get(owned.lease.shard) is not owned or not owned.published or owned.posting:
             return
         slots = slots[self._host.book.shard[slots] == owned.lease.shard]
         if not len(slots) and now_s - owned.flushed_at_s < HEARTBEAT_INTERVAL_S:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.badges import Rule, States
+from engine.badges import Rule
 from engine.baselines import Baseline
 from engine.book import Book
 from engine.book_columns import Int64s
+from engine.stores.hot_state_former import FormerHotState
 from engine.stores.hot_state_redis import HotStateWriter
 from engine.stores.ledger_postgres import Lease
-from engine.stores.shard_loading import LoadedPortfolio
+from engine.stores.shard_loading import LoadedShard
 from engine.stores.shards_postgres import Shards
 from workers.corporate_actions import ActionSchedule
 from workers.quote_intake import QuoteIntake
@@ -30,6 +31,14 @@ class SnapshotFrame:
 
 
 @dataclass(slots=True)
+class Rewriting:
+    """Positions that are being written again, and what all of them have once none is `left`."""
+
+    basis: str
+    left: list[str]
+
+
+@dataclass(slots=True)
 class OwnedShard:
     """A shard of ours: its lease, where to read on, its last frame, and what others still lack of it."""
 
@@ -40,14 +49,18 @@ class OwnedShard:
     flushed_sequence: int = 0
     flushed_at_s: float = 0.0
     published: bool = False
+    # Of all positions: whether they are to be written again, since when they are, and what hot state says they have.
     positions_due: bool = False
     positions_written_at_s: float = -math.inf
+    rewriting: Rewriting | None = None
+    basis: str = ""
+    basis_checked_at_s: float = -math.inf
+    # Hot state was found to differ from the ledger: nothing in it counts.
+    is_under_repair: bool = False
     # True while a batch is on its way from the ledger to hot positions: a mark is never ahead of its positions.
     posting: bool = False
     cuts_due: list[tuple[int, list[Baseline]]] = field(default_factory=list)
     frames_due: list[SnapshotFrame] = field(default_factory=list)
-    # What `take` read, for the `settle` right after it: nothing is booked in between.
-    loaded: Sequence[LoadedPortfolio] | None = None
 
 
 class Badges(Protocol):
@@ -56,7 +69,7 @@ class Badges(Protocol):
     @property
     def rules(self) -> Sequence[Rule]: ...
 
-    def take(self, shard: int, portfolio: LoadedPortfolio, states: States) -> None: ...
+    def take(self, shard: int, loaded: LoadedShard, start: int, slots: Int64s) -> None: ...
 
     def drop(self, shard: int) -> None: ...
 
@@ -70,6 +83,7 @@ class Host(Protocol):
     owned: dict[int, OwnedShard]
     quotes: QuoteIntake
     hot: HotStateWriter
+    former: FormerHotState
     shards: Shards
     sectors: SectorMap
     actions: ActionSchedule

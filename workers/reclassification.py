@@ -1,8 +1,8 @@
 """Reclassified assets, as an evaluator learns of them: their holders' allocations are another one from then on.
 
 Looked for every CHECK_INTERVAL_S, between batches of events, so that no allocation is written that is older than one
-of a fill. Which positions there are does not change. A shard that is taken over is published with all its allocations,
-as classified by then; badges follow on their own (workers.badge_proving).
+of a fill. Which positions there are does not change. A shard that is taken over has all its allocations written again
+when they are of older classifications (workers.hot_positions); badges follow on their own (workers.badge_proving).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 from engine.book import Book
 from engine.posting import PositionsChange, allocation
 from engine.runtime import telemetry
-from workers.flusher import Flusher, OwnedShard
+from workers.hot_positions import HotPositions
+from workers.owned_shard import OwnedShard
 from workers.sector_map import SectorMap
 
 CHECK_INTERVAL_S = 2.0
@@ -28,7 +29,7 @@ class Host(Protocol):
     book: Book
     owned: dict[int, OwnedShard]
     sectors: SectorMap
-    flusher: Flusher
+    positions: HotPositions
 
 
 class Reclassification:
@@ -59,4 +60,4 @@ class Reclassification:
                 for name in portfolio_ids[start : start + PORTFOLIOS_PER_WRITE_MAX]
                 if name in book
             ]
-            await self._host.flusher.write_positions(owned, changes)
+            await self._host.positions.write(owned, changes)

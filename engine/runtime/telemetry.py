@@ -49,6 +49,12 @@ TICK_TO_HOT = Histogram(
     buckets=LATENCY_BUCKETS_S,
 )
 BOOKING_TIME = Histogram("navstream_booking_seconds", "One ledger transaction", buckets=LATENCY_BUCKETS_S)
+TAKE_OVER = Histogram(
+    "navstream_take_over_seconds",
+    "Stages of taking a shard over: read from the ledger, build the Book, write to hot state",
+    ["stage"],
+    buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
 SNAPSHOTS = Counter("navstream_snapshots_total", "Equity snapshots written")
 SNAPSHOT_GAPS = Counter("navstream_snapshot_gaps_total", "Grid instants without snapshots")
 SNAPSHOT_FRAMES = Counter("navstream_snapshot_frames_total", "Snapshot frames of a shard by outcome", ["outcome"])

@@ -116,6 +116,18 @@ class _Template:
     rows: NDArray[np.void]
     count: int = 0
 
+    def append(self, count: int) -> NDArray[np.int64]:
+        """More rows, without id and mark; returns their numbers."""
+        first, self.count = self.count, self.count + count
+        if self.count > len(self.rows):
+            grown = np.zeros(max(self.count, 2 * len(self.rows), TEMPLATE_CAPACITY_MIN), self.rows.dtype)
+            grown[:first] = self.rows[:first]
+            self.rows = grown
+        added = self.rows[first : self.count]
+        added["head"] = b"$%d\r\n" % self.rows.dtype["id"].itemsize
+        added["middle"], added["tail"] = b"\r\n$%d\r\n" % MARK.itemsize, b"\r\n"
+        return np.arange(first, self.count)
+
 
 @dataclass(slots=True)
 class MarksLayout:
@@ -127,27 +139,25 @@ class MarksLayout:
 
     def place(self, slot: int, portfolio_id: str) -> None:
         """Lay out the row of a portfolio that takes `slot`."""
-        name = portfolio_id.encode()
-        if slot >= len(self.length_of):
-            grown = max(slot + 1, 2 * len(self.length_of))
-            more = grown - len(self.length_of)
-            self.length_of = np.pad(self.length_of, (0, more))
-            self.row_of = np.pad(self.row_of, (0, more))
-        template = self.templates.get(len(name))
-        if template is not None and self.length_of[slot] == len(name):
-            template.rows["id"][self.row_of[slot]] = name
-            return
-        if template is None:
-            template = self.templates[len(name)] = _Template(np.zeros(TEMPLATE_CAPACITY_MIN, _row_type(len(name))))
-        if template.count == len(template.rows):
-            grown_rows = np.zeros(2 * template.count, template.rows.dtype)
-            grown_rows[: template.count] = template.rows
-            template.rows = grown_rows
-        row = template.rows[template.count]
-        row["head"], row["id"] = b"$%d\r\n" % len(name), name
-        row["middle"], row["tail"] = b"\r\n$%d\r\n" % MARK.itemsize, b"\r\n"
-        self.length_of[slot], self.row_of[slot] = len(name), template.count
-        template.count += 1
+        self.place_many(np.array([slot], np.int64), [portfolio_id])
+
+    def place_many(self, slots: NDArray[np.int64], portfolio_ids: Sequence[str]) -> None:
+        """Lay out the rows of portfolios that take these slots."""
+        names = [portfolio_id.encode() for portfolio_id in portfolio_ids]
+        lengths = np.fromiter(map(len, names), np.int32, len(names))
+        more = int(slots.max(initial=-1)) + 1 - len(self.length_of)
+        if more > 0:
+            more = max(more, len(self.length_of))
+            self.length_of, self.row_of = np.pad(self.length_of, (0, more)), np.pad(self.row_of, (0, more))
+        for length in np.unique(lengths).tolist():
+            chosen = np.flatnonzero(lengths == length)
+            taken = slots[chosen]
+            # A slot keeps its row while the ids that take it are of one length.
+            new = taken[self.length_of[taken] != length]
+            template = self.templates.setdefault(length, _Template(np.zeros(0, _row_type(length))))
+            self.row_of[new] = template.append(len(new))
+            self.length_of[new] = length
+            template.rows["id"][self.row_of[taken]] = [names[at] for at in chosen.tolist()]
 
     def fill(self, slots: NDArray[np.int64], marks: MarkArray) -> list[tuple[int, NDArray[np.void]]]:
         """The filled rows of the slots, grouped by id length."""

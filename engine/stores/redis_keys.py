@@ -13,7 +13,8 @@ BADGES_CHANNEL = "badges"
 def shard(n: int) -> str:
     """Hash: epoch, sequence, owner, updated_at_ns: the pointer that readers follow; its epoch only grows.
 
-    `positions_epoch` is the newest epoch that wrote positions, which a new owner does before it moves the pointer.
+    `positions_epoch` is the newest epoch that claimed the positions, which a new owner does before it moves the
+    pointer; `positions_basis` is what all of them were written with but the ledger: cuts, splits, classifications.
     """
     return f"shard:{{{n}}}"
 

@@ -1,119 +1,161 @@
-"""What a new owner of a shard reads to go on: states, positions, and the day since each portfolio's cut.
+"""What a new owner of a shard reads to go on: accounts, positions, and the day since each portfolio's cut, as arrays.
 
 The cut that a portfolio's day counts from is the last one of its kind. When its baseline is stored, day bases follow
-from it and from the entries beyond its ledger sequence. When nobody took it, it is made (engine.baselines) from
-the entries recorded since, at
+from it and from the entries beyond its ledger sequence:
 
-    the price recorded at the cut
-    else the price that the Book has, when it is of before the cut
-    else, as an estimate, the last price recorded before the cut, or the price that the Book has
+    position    value at the cut + Σ signed notionals traded since, summed by PostgreSQL
+    portfolio   engine.pnl.day_base_since, over the external flows since
 
-and handed over to be stored. A portfolio without an entry at the cut has no baseline: its day began with nothing.
+When nobody took it, it is made (engine.stores.estimated_cuts) and handed over to be stored. A portfolio without an
+entry at the cut has no baseline: its day began with nothing.
 
-Everything is read in the transaction that the caller has begun, amounts as whole micro-units.
+Portfolios are numbered by place, in the order of their ids, assets likewise; rows travel as numbers by COPY
+(engine.stores.copied_rows), because one object per position costs several times what PostgreSQL takes to read it. A
+quantity of at most 15 digits is its float64 (engine.book); amounts are whole micro-units. Everything is read in the
+transaction that the caller has begun, so that a place means the same portfolio in all of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import asyncpg
-from sqlalchemy import select
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.badges import Rule, States
-from engine.baselines import Baseline, Moved, Priced, Since, day_bases, estimate, held_at, price_in_shares_at
-from engine.book import Account, Holding
-from engine.booking import AppliedSplit
-from engine.corporate_actions import Split
-from engine.ledger import LedgerKind, Side
-from engine.portfolio import Portfolio, Position
-from engine.posting import account
-from engine.runtime.clock import to_datetime, to_ns
+from engine.baselines import Baseline
+from engine.book_columns import Float64s, Int64s
+from engine.ledger import EXTERNAL_FLOWS
+from engine.pnl import day_base_since
+from engine.runtime.clock import to_datetime
 from engine.stores.badges_postgres import states_of_shard
-from engine.stores.ledger_rows import driver_of, portfolio_of, read_scale
-from engine.stores.tables import portfolio
+from engine.stores.copied_rows import Rows, copy_rows
+from engine.stores.estimated_cuts import PORTFOLIOS_PER_STEP, Missed, MissedCut, QuoteOf
+from engine.stores.ledger_rows import driver_of
+
+__all__ = ["LastCut", "LoadedPositions", "LoadedShard", "QuoteOf", "load_shard"]
 
 # The last cut of a day cut's text.
 LastCut = Callable[[str], int]
-# The Book's price of a symbol with its instant, in the shares of that instant.
-QuoteOf = Callable[[str], Priced | None]
+Estimated = list[tuple[int, list[Baseline]]]
 
-_POSITIONS = """
-    SELECT portfolio_id, symbol, quantity, (position.cost * 1000000)::bigint AS cost,
-        (position.realized * 1000000)::bigint AS realized, (position.fees * 1000000)::bigint AS fees,
-        position.opened_at, opened_sequence, held_since
-    FROM position JOIN portfolio ON portfolio.id = portfolio_id WHERE portfolio.shard = $1
+_SUMS = ("cash", "receivables", "realized", "fees", "income", "flows", "trading", "corporate")
+_ACCOUNT_FIELDS = (*_SUMS, "ledger_sequence")
+_PORTFOLIOS = 'SELECT id, day_cut FROM portfolio WHERE shard = $1 ORDER BY id COLLATE "C"'
+_ACCOUNTS = f"""
+    SELECT {", ".join(f"({name} * 1000000)::bigint" for name in _SUMS)}, ledger_sequence
+    FROM portfolio WHERE shard = $1 ORDER BY id COLLATE "C"
+"""  # noqa: S608 - the columns are ours
+# The places of a shard's portfolios, and of all assets.
+_HELD = """
+    held AS (
+        SELECT id, day_cut, row_number() OVER (ORDER BY id COLLATE "C") - 1 AS place
+        FROM portfolio WHERE shard = $1)
 """
+_LISTED = """
+    listed AS (SELECT symbol, row_number() OVER (ORDER BY symbol COLLATE "C") - 1 AS asset FROM asset)
+"""
+_SYMBOLS = 'SELECT symbol FROM asset ORDER BY symbol COLLATE "C"'
+_POSITIONS = f"""
+    WITH {_HELD}, {_LISTED}
+    SELECT place, asset, quantity::float8, scale(trim_scale(quantity))::bigint, (cost * 1000000)::bigint,
+        held_since
+    FROM position JOIN held ON held.id = portfolio_id JOIN listed USING (symbol)
+"""  # noqa: S608
+_POSITION_COLUMNS = {
+    "holder": "i8",
+    "asset": "i8",
+    "quantity": "f8",
+    "decimals": "i8",
+    "cost": "i8",
+    "held_since_us": "i8",
+}
 # Without a baseline, `sequence` is that of the last entry at the cut: found from the newest one backwards.
-_BASELINES = """
-    SELECT portfolio.id, (base.nav * 1000000)::bigint AS nav, base.symbols,
-        ARRAY(SELECT (value * 1000000)::bigint FROM unnest(base.position_values) WITH ORDINALITY AS of (value, place)
-            ORDER BY place) AS values,
-        base.portfolio_id IS NOT NULL AS is_stored,
+_DAYS = f"""
+    WITH {_HELD}
+    SELECT (base.portfolio_id IS NOT NULL)::integer, coalesce((base.nav * 1000000)::bigint, 0),
         CASE WHEN base.portfolio_id IS NOT NULL THEN base.ledger_sequence ELSE coalesce((
             SELECT sequence FROM ledger_entry AS entry
-            WHERE entry.portfolio_id = portfolio.id AND entry.recorded_at <= cut.cut_at
-            ORDER BY sequence DESC LIMIT 1), 0) END AS sequence
-    FROM portfolio JOIN unnest($2::text[], $3::timestamptz[]) AS cut (day_cut, cut_at) USING (day_cut)
-    LEFT JOIN day_baseline AS base ON base.portfolio_id = portfolio.id AND base.cut_at = cut.cut_at
-    WHERE portfolio.shard = $1
-"""
-_SINCE = """
-    SELECT entry.portfolio_id, kind, symbol, side, quantity, scale, (amount * 1000000)::bigint AS amount,
-        (fee * 1000000)::bigint AS fee, (receivable * 1000000)::bigint AS receivable,
-        (cost * 1000000)::bigint AS cost, coalesce((nav_before * 1000000)::bigint, 0) AS nav_before
-    FROM unnest($1::text[], $2::bigint[]) AS base (portfolio_id, after)
+            WHERE entry.portfolio_id = held.id AND entry.recorded_at <= cut.cut_at
+            ORDER BY sequence DESC LIMIT 1), 0) END
+    FROM held JOIN unnest($2::text[], $3::timestamptz[]) AS cut (day_cut, cut_at) USING (day_cut)
+    LEFT JOIN day_baseline AS base ON base.portfolio_id = held.id AND base.cut_at = cut.cut_at
+    ORDER BY place
+"""  # noqa: S608
+_DAY_COLUMNS = {"is_stored": "i4", "nav": "i8", "sequence": "i8"}
+_VALUES = f"""
+    WITH {_HELD}, {_LISTED}
+    SELECT place, asset, (of.value * 1000000)::bigint
+    FROM held JOIN unnest($2::text[], $3::timestamptz[]) AS cut (day_cut, cut_at) USING (day_cut)
+    JOIN day_baseline AS base ON base.portfolio_id = held.id AND base.cut_at = cut.cut_at
+    CROSS JOIN unnest(base.symbols, base.position_values) AS of (symbol, value) JOIN listed USING (symbol)
+"""  # noqa: S608
+_TRADED = f"""
+    WITH {_LISTED}
+    SELECT place, asset, (-sum(amount) * 1000000)::bigint
+    FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS base (place, portfolio_id, after)
+    JOIN ledger_entry AS entry ON entry.portfolio_id = base.portfolio_id AND sequence > base.after AND kind = 'FILL'
+    JOIN listed USING (symbol) GROUP BY place, asset
+"""  # noqa: S608
+_VALUE_COLUMNS = {"holder": "i8", "asset": "i8", "value": "i8"}
+_FLOWS = """
+    SELECT place, coalesce((nav_before * 1000000)::bigint, 0) AS nav_before, (amount * 1000000)::bigint AS amount
+    FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS base (place, portfolio_id, after)
     JOIN ledger_entry AS entry ON entry.portfolio_id = base.portfolio_id AND sequence > base.after
-    ORDER BY entry.portfolio_id, sequence
+        AND kind = ANY($4::text[])
+    ORDER BY place, sequence
 """
-_CLOSES = """
-    SELECT asked.symbol, price, ts_event, at = $2 AS is_of_cut FROM unnest($1::text[]) AS asked (symbol)
-    CROSS JOIN LATERAL (
-        SELECT at, price, ts_event FROM price_close AS close WHERE close.symbol = asked.symbol AND at <= $2
-        ORDER BY at DESC LIMIT 1) AS last
-"""
-_SPLITS = """
-    SELECT symbol, terms, effective_at, applied_at FROM corporate_action JOIN shard_action USING (action_id)
-    WHERE shard = $1 AND step = 'SPLIT' AND symbol = ANY($2::text[])
-"""
+_IS_UNDER_REPAIR = "SELECT EXISTS (SELECT FROM repair WHERE shard = $1 AND done_at IS NULL)"
+_POSTGRES_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_NEVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedPortfolio:
-    """A portfolio as the Book takes it in, and the day bases of positions closed since the cut."""
+class LoadedPositions:
+    """Open positions, ordered by holder: rows [first[p], first[p + 1]) are those of the portfolio at place p.
 
-    portfolio_id: str
-    day_cut: str
-    day_cut_at_ns: int
-    account: Account
-    holdings: Sequence[Holding]
-    positions: Mapping[str, Position]
-    closed_day_bases: Mapping[str, int]
+    `asset` is a place in LoadedShard.symbols, `decimals` are the quantity's.
+    """
+
+    first: Int64s
+    holder: Int64s
+    asset: Int64s
+    quantity: Float64s
+    decimals: Int64s
+    cost: Int64s
+    day_base: Int64s
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedShard:
-    """`cuts`: the last cut of each day cut that its portfolios have. `estimated`: baselines to store, by their cut.
-    `badges`: what portfolios have met of the rules that were asked for, by portfolio and badge."""
+    """`accounts` has the Book's fields of a portfolio, by name. `closed_day_bases`: (place, symbol, day base) of what
+    was closed since the cut. `cuts`: the last cut of each of `day_cuts`. `estimated`: baselines to store, by their cut.
+    `badges`: what portfolios have met of the rules that were asked for, by portfolio and badge. `is_under_repair`: hot
+    state was found to differ from the ledger."""
 
     next_offset: int
-    portfolios: Sequence[LoadedPortfolio]
+    portfolio_ids: Sequence[str]
+    accounts: Mapping[str, NDArray[Any]]
+    day_cuts: Sequence[str]
+    day_cut_of: Int64s
+    held_since_us: Int64s
+    symbols: Sequence[str]
+    positions: LoadedPositions
+    closed_day_bases: Sequence[tuple[int, str, int]]
     cuts: Mapping[str, int]
     estimated: Sequence[tuple[int, list[Baseline]]]
     badges: Mapping[str, States]
+    is_under_repair: bool
 
-
-@dataclass(slots=True)
-class _Day:
-    """Of one portfolio: its cut, the baseline if it is stored, the last entry before, and what moved since."""
-
-    cut_at_ns: int
-    baseline: Baseline | None
-    sequence: int
-    since: Since = field(default_factory=Since)
+    def oldest(self, place: int) -> datetime | None:
+        """Since when a portfolio has held its oldest open position."""
+        held_since_us = int(self.held_since_us[place])
+        return None if held_since_us == _NEVER else _POSTGRES_EPOCH + timedelta(microseconds=held_since_us)
 
 
 async def load_shard(
@@ -125,124 +167,156 @@ async def load_shard(
     rules: Sequence[Rule] = (),
 ) -> LoadedShard:
     """Read all of a shard, with what its portfolios have met of these rules."""
-    rows = (await connection.execute(select(portfolio).where(portfolio.c.shard == shard))).all()
-    driver = await driver_of(connection)
-    portfolios = {row.id: portfolio_of(row) for row in rows}
-    for of in await driver.fetch(_POSITIONS, shard):
-        portfolios[of["portfolio_id"]].positions[of["symbol"]] = _position(of)
-    cuts = {row.day_cut: last_cut(row.day_cut) for row in rows}
-    days = await _days(driver, shard, {row.id: cuts[row.day_cut] for row in rows}, cuts)
-    await _read_since(driver, portfolios, days)
-    estimated = await _estimate(driver, shard, portfolios, days, quote_of)
-    loaded = [_loaded(portfolios[row.id], row.day_cut, days[row.id]) for row in rows]
-    badges = await states_of_shard(driver, shard, rules) if rules else {}
-    return LoadedShard(next_offset, loaded, cuts, estimated, badges)
-
-
-def _position(row: asyncpg.Record) -> Position:
-    return Position(
-        row["quantity"].normalize(),
-        row["cost"],
-        row["realized"],
-        row["fees"],
-        row["opened_at"],
-        row["opened_sequence"],
-        row["held_since"],
+    read = await _Reading.begin(await driver_of(connection), shard, last_cut)
+    estimated = await read.estimate(quote_of)
+    bases = _summed(await read.bases(estimated), len(read.listed))
+    day_bases, closed = read.split(bases)
+    assets, asset = np.unique(read.held["asset"], return_inverse=True)
+    held_since_us = np.full(len(read.names), _NEVER)
+    np.minimum.at(held_since_us, read.held["holder"], read.held["held_since_us"])
+    columns = {name: np.ascontiguousarray(read.held[name]) for name in ("holder", "quantity", "decimals", "cost")}
+    return LoadedShard(
+        next_offset=next_offset,
+        portfolio_ids=read.names,
+        accounts={name: np.ascontiguousarray(read.accounts[name]) for name in _ACCOUNT_FIELDS} | await read.days(),
+        day_cuts=list(read.cuts),
+        day_cut_of=read.day_cut_of,
+        held_since_us=held_since_us,
+        symbols=[read.listed[one] for one in assets.tolist()],
+        positions=LoadedPositions(read.first, asset=asset.astype(np.int64), day_base=day_bases, **columns),
+        closed_day_bases=closed,
+        cuts=read.cuts,
+        estimated=estimated,
+        badges=await states_of_shard(read.driver, shard, rules) if rules else {},
+        is_under_repair=await read.driver.fetchval(_IS_UNDER_REPAIR, shard),
     )
 
 
-async def _days(
-    driver: asyncpg.Connection, shard: int, cut_of: Mapping[str, int], cuts: Mapping[str, int]
-) -> dict[str, _Day]:
-    found = {}
-    for row in await driver.fetch(_BASELINES, shard, list(cuts), [to_datetime(cut_ns) for cut_ns in cuts.values()]):
-        name, sequence, baseline = row["id"], row["sequence"], None
-        if row["is_stored"]:
-            values = dict(zip(row["symbols"], row["values"], strict=True))
-            baseline = Baseline(name, row["nav"], sequence, values)
-        found[name] = _Day(cut_of[name], baseline, sequence)
-    return found
+@dataclass(slots=True)
+class _Reading:
+    """What has been read so far. `day` is, by place, the baseline's NAV and ledger sequence, if it is stored."""
 
+    driver: asyncpg.Connection
+    shard: int
+    names: list[str]
+    cuts: dict[str, int]
+    day_cut_of: Int64s
+    accounts: Rows
+    held: Rows
+    first: Int64s
+    listed: list[str]
+    day: Rows
 
-async def _read_since(
-    driver: asyncpg.Connection, portfolios: Mapping[str, Portfolio], days: Mapping[str, _Day]
-) -> None:
-    """Count every entry beyond the cut's."""
-    moved = [name for name, held in portfolios.items() if held.ledger_sequence > days[name].sequence]
-    for row in await driver.fetch(_SINCE, moved, [days[name].sequence for name in moved]):
-        days[row["portfolio_id"]].since.add(
-            Moved(
-                LedgerKind(row["kind"]),
-                row["symbol"],
-                Side(row["side"]) if row["side"] else None,
-                row["quantity"],
-                read_scale(row["scale"]),
-                row["amount"],
-                row["fee"],
-                row["receivable"],
-                row["cost"],
-                row["nav_before"],
-            )
+    @classmethod
+    async def begin(cls, driver: asyncpg.Connection, shard: int, last_cut: LastCut) -> _Reading:
+        named = await driver.fetch(_PORTFOLIOS, shard)
+        names = [row["id"] for row in named]
+        cuts = {text: last_cut(text) for text in dict.fromkeys(row["day_cut"] for row in named)}
+        number_of = {text: number for number, text in enumerate(cuts)}
+        day_cut_of = np.fromiter((number_of[row["day_cut"]] for row in named), np.int64, len(named))
+        held = await copy_rows(driver, _POSITIONS, shard, columns=_POSITION_COLUMNS)
+        held = held[np.argsort(held["holder"], kind="stable")]
+        return cls(
+            driver,
+            shard,
+            names,
+            cuts,
+            day_cut_of,
+            await copy_rows(driver, _ACCOUNTS, shard, columns=dict.fromkeys(_ACCOUNT_FIELDS, "i8")),
+            held,
+            np.searchsorted(held["holder"], np.arange(len(names) + 1)),
+            [row["symbol"] for row in await driver.fetch(_SYMBOLS)],
+            await copy_rows(driver, _DAYS, shard, *_instants(cuts), columns=_DAY_COLUMNS),
         )
 
+    async def estimate(self, quote_of: QuoteOf) -> Estimated:
+        """Make the baselines that nobody took; returns them by their cut."""
+        missed: Estimated = []
+        lacking = (self.day["is_stored"] == 0) & (self.day["sequence"] > 0)
+        for number, cut_at_ns in enumerate(self.cuts.values()):
+            places = np.flatnonzero(lacking & (self.day_cut_of == number))
+            cut = MissedCut(self.driver, self.shard, cut_at_ns, quote_of)
+            baselines: list[Baseline] = []
+            for start in range(0, len(places), PORTFOLIOS_PER_STEP):
+                part = places[start : start + PORTFOLIOS_PER_STEP].tolist()
+                baselines += await cut.estimate([self._missed(place) for place in part])
+            self.day["nav"][places] = [baseline.nav for baseline in baselines]
+            if baselines:
+                missed.append((cut_at_ns, baselines))
+        return missed
 
-async def _estimate(
-    driver: asyncpg.Connection,
-    shard: int,
-    portfolios: Mapping[str, Portfolio],
-    days: Mapping[str, _Day],
-    quote_of: QuoteOf,
-) -> list[tuple[int, list[Baseline]]]:
-    """Fill in the baselines that nobody took; returns them by their cut."""
-    missed: dict[int, list[str]] = {}
-    for name, day in days.items():
-        if day.baseline is None and day.sequence:
-            missed.setdefault(day.cut_at_ns, []).append(name)
-    estimated = []
-    for cut_at_ns, names in missed.items():
-        symbols = sorted({symbol for name in names for symbol in held_at(portfolios[name], days[name].since)})
-        prices, recorded = await _prices_at(driver, shard, cut_at_ns, symbols, quote_of)
-        for name in names:
-            day = days[name]
-            day.baseline = estimate(portfolios[name], day.since, day.sequence, prices.get, recorded)
-        estimated.append((cut_at_ns, [baseline for name in names if (baseline := days[name].baseline)]))
-    return estimated
+    def _missed(self, place: int) -> Missed:
+        account, rows = self.accounts[place], self.held[self.first[place] : self.first[place + 1]]
+        holdings = zip(rows["asset"].tolist(), rows["quantity"].tolist(), rows["cost"].tolist(), strict=True)
+        return Missed(
+            self.names[place],
+            int(account["cash"]),
+            int(account["receivables"]),
+            [(self.listed[asset], quantity, cost) for asset, quantity, cost in holdings],
+            int(self.day["sequence"][place]),
+        )
+
+    async def bases(self, estimated: Estimated) -> Rows:
+        """What positions were worth at the cut and what was traded in them since, to be added up."""
+        stored = await copy_rows(self.driver, _VALUES, self.shard, *_instants(self.cuts), columns=_VALUE_COLUMNS)
+        place_of = {name: place for place, name in enumerate(self.names)} if estimated else {}
+        asset_of = {symbol: asset for asset, symbol in enumerate(self.listed)} if estimated else {}
+        made = [
+            (place_of[baseline.portfolio_id], asset_of[symbol], value)
+            for _, baselines in estimated
+            for baseline in baselines
+            for symbol, value in baseline.values.items()
+        ]
+        traded = await copy_rows(self.driver, _TRADED, *self._moved(), columns=_VALUE_COLUMNS)
+        return np.concatenate([stored, np.array(made, stored.dtype), traded])
+
+    async def days(self) -> dict[str, NDArray[Any]]:
+        """The day bases of portfolios, by the Book's names."""
+        base, factor, segment = self.day["nav"].copy(), np.ones(len(self.names)), self.day["nav"].copy()
+        flows: dict[int, list[tuple[int, int]]] = {}
+        kinds = sorted(kind.value for kind in EXTERNAL_FLOWS)
+        for row in await self.driver.fetch(_FLOWS, *self._moved(), kinds):
+            flows.setdefault(row["place"], []).append((row["nav_before"], row["amount"]))
+        for place, since in flows.items():
+            day = day_base_since(int(self.day["nav"][place]), since)
+            base[place], segment[place] = day.base, day.segment_base
+            factor[place] = np.nan if day.factor is None else day.factor
+        return {"day_base": base, "day_factor": factor, "segment_base": segment}
+
+    def _moved(self) -> tuple[list[int], list[str], list[int]]:
+        """The portfolios that have entries beyond their cut's, and what these come after."""
+        places = np.flatnonzero(self.accounts["ledger_sequence"] > self.day["sequence"]).tolist()
+        return places, [self.names[place] for place in places], self.day["sequence"][places].tolist()
+
+    def split(self, bases: tuple[Int64s, Int64s]) -> tuple[Int64s, list[tuple[int, str, int]]]:
+        """Of summed bases those of the open positions, row by row, and those of positions that are closed."""
+        keys, values = bases
+        held = _keys(self.held, len(self.listed))
+        at = np.minimum(np.searchsorted(keys, held), max(len(keys) - 1, 0))
+        is_known = keys[at] == held if len(keys) else np.zeros(len(held), np.bool_)
+        day_base = np.zeros(len(held), np.int64)
+        day_base[is_known] = values[at[is_known]]
+        is_open = np.zeros(len(keys), np.bool_)
+        is_open[at[is_known]] = True
+        places, assets = np.divmod(keys[~is_open], max(len(self.listed), 1))
+        symbols = (self.listed[asset] for asset in assets.tolist())
+        return day_base, list(zip(places.tolist(), symbols, values[~is_open].tolist(), strict=True))
 
 
-async def _prices_at(
-    driver: asyncpg.Connection, shard: int, cut_at_ns: int, symbols: Sequence[str], quote_of: QuoteOf
-) -> tuple[dict[str, Decimal], set[str]]:
-    """The prices at a cut, in the shares that the ledger counted then; and the symbols whose prices were recorded at
-    it, or have not changed since."""
-    cut_at = to_datetime(cut_at_ns)
-    splits: dict[str, list[AppliedSplit]] = {}
-    for row in await driver.fetch(_SPLITS, shard, symbols):
-        scale = read_scale(row["terms"])
-        assert scale is not None
-        applied = AppliedSplit(Split(row["effective_at"], scale), row["applied_at"])
-        splits.setdefault(row["symbol"], []).append(applied)
-    prices, recorded = {}, set()
-    closes = {row["symbol"]: row for row in await driver.fetch(_CLOSES, symbols, cut_at)}
-    for symbol in symbols:
-        quote, close = quote_of(symbol), closes.get(symbol)
-        is_unchanged = quote is not None and quote[1] <= cut_at_ns
-        if is_unchanged or (close is not None and close["is_of_cut"]):
-            recorded.add(symbol)
-        priced = quote
-        if close is not None and (close["is_of_cut"] or not is_unchanged):
-            priced = close["price"], to_ns(close["ts_event"])
-        price = None if priced is None else price_in_shares_at(cut_at, priced, splits.get(symbol, ()))
-        if price is not None:
-            prices[symbol] = price
-    return prices, recorded
+def _instants(cuts: Mapping[str, int]) -> tuple[list[str], list[datetime]]:
+    return list(cuts), [to_datetime(cut_at_ns) for cut_at_ns in cuts.values()]
 
 
-def _loaded(held: Portfolio, day_cut: str, day: _Day) -> LoadedPortfolio:
-    base, bases = day_bases(day.baseline, day.since)
-    holdings = [
-        Holding(symbol, position.quantity, position.cost, bases.pop(symbol, 0))
-        for symbol, position in held.positions.items()
-    ]
-    return LoadedPortfolio(
-        held.portfolio_id, day_cut, day.cut_at_ns, account(held, base), holdings, held.positions, bases
-    )
+def _keys(rows: Rows, assets_count: int) -> Int64s:
+    """One number for portfolio and asset."""
+    keys: Int64s = rows["holder"] * assets_count + rows["asset"]
+    return keys
+
+
+def _summed(rows: Rows, assets_count: int) -> tuple[Int64s, Int64s]:
+    """The keys of some values, each once and ascending, and the sum of each one's values."""
+    keys = _keys(rows, assets_count)
+    order = np.argsort(keys, kind="stable")
+    keys, values = keys[order], rows["value"][order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[first], np.add.reduceat(values, first) if len(first) else values[:0]

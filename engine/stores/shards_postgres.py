@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from engine.badges import Rule
 from engine.baselines import Baseline
+from engine.portfolio import Position
 from engine.stores.ledger_postgres import Fenced, Lease
 from engine.stores.ledger_rows import driver_of
 from engine.stores.shard_loading import LastCut, LoadedShard, QuoteOf, load_shard
@@ -111,6 +112,16 @@ class Shards:
                 raise Fenced(f"shard {lease.shard} has left epoch {lease.epoch}")
             return await load_shard(connection, lease.shard, next_offset, last_cut, quote_of, rules)
 
+    async def positions(self, portfolio_ids: Sequence[str]) -> dict[str, dict[str, Position]]:
+        """The open positions of some portfolios, by symbol."""
+        found: dict[str, dict[str, Position]] = {name: {} for name in portfolio_ids}
+        async with self._engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+            for row in await (await driver_of(connection)).fetch(_POSITIONS, list(portfolio_ids)):
+                name, symbol, quantity, *rest = row
+                found[name][symbol] = Position(quantity.normalize(), *rest)
+        return found
+
     async def store_cut(self, lease: Lease, cut_at: datetime, baselines: Sequence[Baseline]) -> None:
         """Keep what portfolios were worth at a cut, each once. Raises Fenced."""
         rows = [
@@ -132,6 +143,11 @@ class Shards:
             await (await driver_of(connection)).executemany(_STORE_CUT, rows)
 
 
+_POSITIONS = """
+    SELECT portfolio_id, symbol, quantity, (cost * 1000000)::bigint, (realized * 1000000)::bigint,
+        (fees * 1000000)::bigint, opened_at, opened_sequence, held_since
+    FROM position WHERE portfolio_id = ANY($1::text[])
+"""
 # Values cross as micro-units: PostgreSQL makes decimals of them at a fraction of what it costs here.
 _STORE_CUT = """
     INSERT INTO day_baseline (portfolio_id, cut_at, nav, ledger_sequence, symbols, position_values, estimated)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -20,9 +19,7 @@ from engine.stores import as_of_reads
 from engine.stores.as_of_reads import AsOfReads, Baseline
 from engine.stores.ledger_rows import write_entries
 from tests.builders import MICRO, LedgerBuilder
-from tests.scripted_ledger import BEGIN, HOUR, Moment, ScriptedLedger
-
-SYMBOLS = ("AAPL", "TSLA", "KO")
+from tests.scripted_ledger import BEGIN, HOUR, ScriptedLedger, lived
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -34,39 +31,6 @@ async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
 @pytest.fixture
 def reads(pool: asyncpg.Pool) -> AsOfReads:
     return AsOfReads(lambda: pool)
-
-
-def lived(name: str, seed: int, steps: int = 220) -> tuple[ScriptedLedger, list[Moment]]:
-    """A life of all kinds of entries; moments[k] is after the entry k + 1."""
-    chance, script = random.Random(seed), ScriptedLedger(name)
-    script.cash("DEPOSIT", "100000")
-    moments: dict[int, Moment] = {}
-    for symbol in SYMBOLS:
-        script.quote(symbol, "100")
-    while script.portfolio.ledger_sequence < steps:
-        script.wait(timedelta(minutes=7))
-        symbol = chance.choice(SYMBOLS)
-        match chance.randrange(12):
-            case 0:
-                script.quote(symbol, str(chance.randint(50, 150)))
-            case 1:
-                script.cash(chance.choice(["DEPOSIT", "WITHDRAWAL", "REWARD", "FEE", "INTEREST"]), "12.345678")
-            case 2:
-                late_by = chance.choice([timedelta(), HOUR])
-                script.split(symbol, chance.choice([Fraction(2), Fraction(1, 2), Fraction(3, 2)]), late_by)
-            case 3:
-                script.accrue(symbol, "0.37")
-            case 4:
-                script.pay()
-            case 5:
-                script.reverse(chance.choice(script.entries))
-            case 6:
-                script.fill(symbol, "BUY", "3.001", "98.7", "0.5", scale=Fraction(3, 2))
-            case _:
-                size = str(chance.choice([1, 2, 5, 10, 20]))
-                script.fill(symbol, chance.choice(["BUY", "SELL"]), size, str(chance.randint(80, 120)), "1.25")
-        moments[script.portfolio.ledger_sequence] = script.moment()
-    return script, [moments[sequence] for sequence in sorted(moments)]
 
 
 async def booked(pool: asyncpg.Pool, script: ScriptedLedger, day_cut: str = "00:00 UTC") -> None:

@@ -6,19 +6,25 @@ are estimated, and agree with what would have been taken.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
 
+import asyncpg
 import pytest
 
 from engine.baselines import Baseline
 from engine.ledger import LedgerKind
 from engine.pnl import DayBase
-from engine.posting import hot_position
 from engine.runtime.clock import to_ns
+from engine.runtime.connections import postgres_dsn
+from engine.stores.reconciliations import Reconciliations
 from tests.bookkeeping import cash, fill, opening, reversal
+from tests.builders import LedgerBuilder
+from tests.scripted_ledger import BEGIN, HOUR, Moment, ScriptedLedger, lived
 from tests.shard_ledger import AFTER, BEFORE, CUT_AT, MICRO, ShardLedger, shard_ledger
+from tests.slow_loading import portfolios_of
 
 CLOSE_AT = CUT_AT - timedelta(hours=3)
 
@@ -45,7 +51,7 @@ async def test_a_shard_is_loaded_as_it_was_booked_with_its_day_since_the_cut(led
     )
     loaded = await ledger.load()
     assert (loaded.next_offset, loaded.cuts, loaded.estimated) == (8, {"00:00 UTC": to_ns(CUT_AT)}, [])
-    first, second = sorted(loaded.portfolios, key=lambda portfolio: portfolio.portfolio_id)
+    first, second = portfolios_of(loaded)
     account = first.account
     assert (account.cash, account.realized, account.fees) == (20_500_000, 2 * MICRO, 500_000)
     assert (account.income, account.flows, account.ledger_sequence) == (3 * MICRO, 11 * MICRO, 7)
@@ -55,8 +61,7 @@ async def test_a_shard_is_loaded_as_it_was_booked_with_its_day_since_the_cut(led
     assert [(h.symbol, h.quantity, h.cost, h.day_base) for h in first.holdings] == [
         ("XOM", Decimal(-1), -5 * MICRO, -5 * MICRO)
     ]
-    hot = hot_position(first.positions["XOM"], 0, ())
-    assert (hot.quantity, hot.cost, hot.fees, hot.opened_sequence) == ("-1", -5 * MICRO, 500_000, 7)
+    assert (first.oldest, second.oldest) == (AFTER, None)
     assert first.closed_day_bases == {"AAPL": -MICRO}
     assert (second.account.day, second.holdings, second.day_cut) == (DayBase(0, 1, 0), [], "00:00 UTC")
 
@@ -105,7 +110,7 @@ async def test_each_portfolio_counts_from_the_last_cut_of_its_own_kind(ledger: S
             await ledger.shards.store_cut(ledger.lease, cut_at, [Baseline(name, nav + more, 1, {})])
     loaded = await ledger.load()
     assert loaded.cuts == {"00:00 UTC": to_ns(CUT_AT), late: to_ns(AFTER)}
-    days = {of.portfolio_id: (of.day_cut, of.day_cut_at_ns, of.account.day.base) for of in loaded.portfolios}
+    days = {of.portfolio_id: (of.day_cut, of.day_cut_at_ns, of.account.day.base) for of in portfolios_of(loaded)}
     assert days == {"p-1": ("00:00 UTC", to_ns(CUT_AT), 1), "p-2": (late, to_ns(AFTER), 12)}
 
 
@@ -115,7 +120,7 @@ async def test_each_portfolio_counts_from_the_last_cut_of_its_own_kind(ledger: S
 async def test_a_portfolio_opened_since_the_cut_begins_with_nothing_and_has_no_baseline(ledger: ShardLedger) -> None:
     await ledger.book(opening("p-1"), cash("p-1", "DEPOSIT", "7", "d1"), fill("p-1", "BUY", "2", "3", "b1"), at=AFTER)
     loaded = await ledger.load()
-    (portfolio,) = loaded.portfolios
+    (portfolio,) = portfolios_of(loaded)
     assert loaded.estimated == []
     assert portfolio.account.day.base == 7 * MICRO
     assert [held.day_base for held in portfolio.holdings] == [6 * MICRO]
@@ -148,7 +153,7 @@ async def test_a_cut_that_passed_while_everything_was_down_is_made_up_for(ledger
     assert loaded.closed_day_bases == {"XOM": -5 * MICRO}
     await ledger.shards.store_cut(ledger.lease, CUT_AT, [baseline])
     again = await ledger.load()
-    assert (again.estimated, again.portfolios) == ([], [loaded])
+    assert (again.estimated, portfolios_of(again)) == ([], [loaded])
 
 
 async def test_a_cut_long_ago_reads_the_entries_since_and_no_others(ledger: ShardLedger) -> None:
@@ -242,3 +247,79 @@ async def test_only_what_was_held_at_a_missed_cut_is_priced(ledger: ShardLedger)
     cut_of: Callable[[str], int] = lambda _: to_ns(CUT_AT)  # noqa: E731
     await ledger.shards.load(ledger.lease, cut_of, quote_of)
     assert asked == ["AAPL"]
+
+
+# -- against an object for each portfolio ------------------------------------------------------------------------
+
+
+def by_portfolio(estimated: Sequence[tuple[int, list[Baseline]]]) -> dict[str, tuple[int, Baseline]]:
+    return {one.portfolio_id: (cut_at_ns, one) for cut_at_ns, baselines in estimated for one in baselines}
+
+
+async def live(
+    ledger: ShardLedger,
+    pool: asyncpg.Pool,
+    life: tuple[ScriptedLedger, list[Moment]],
+    day_cut: str,
+    *,
+    is_taken: bool,
+) -> None:
+    """Write a portfolio's life; its baseline as well, when its cut `is_taken`."""
+    script, moments = life
+    await LedgerBuilder(pool).portfolio(script.portfolio_id, opened_at=BEGIN)
+    await pool.execute("UPDATE portfolio SET day_cut = $2 WHERE id = $1", script.portfolio_id, day_cut)
+    await script.write(pool)
+    before = [moment for moment in moments if moment.at <= ledger.cuts[day_cut]]
+    if is_taken and before:
+        taken = before[-1]
+        baseline = Baseline(script.portfolio_id, taken.nav, taken.ledger_sequence, taken.worth.values)
+        await ledger.shards.store_cut(ledger.lease, ledger.cuts[day_cut], [baseline])
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_arrays_have_what_reading_portfolio_by_portfolio_finds(
+    ledger: ShardLedger, fresh_database: str, seed: int
+) -> None:
+    """Lives of all kinds of entries, with baselines and without, of which some begin after the cut and some have no
+    position left."""
+    chance = random.Random(seed)
+    ledger.cuts = {f"cut {n}": BEGIN + chance.randrange(-1, 12) * HOUR for n in range(3)}
+    ledger.quotes = {"AAPL": (Decimal("101.5"), BEGIN + 2 * HOUR), "KO": (Decimal(77), BEGIN + 20 * HOUR)}
+    async with asyncpg.create_pool(postgres_dsn(fresh_database), min_size=1, max_size=2) as pool:
+        for number in range(9):
+            life = lived(f"p-{number}", 100 * seed + number, steps=chance.choice([1, 3, 20, 90]))
+            await live(ledger, pool, life, chance.choice(list(ledger.cuts)), is_taken=chance.random() < 0.5)
+        await LedgerBuilder(pool).portfolio("p-none", opened_at=BEGIN)
+        await pool.execute("UPDATE portfolio SET day_cut = 'cut 0' WHERE id = 'p-none'")
+    await ledger.close("TSLA", "99", BEGIN, BEGIN)
+    await ledger.close("AAPL", "98", min(ledger.cuts.values()), BEGIN)
+    loaded, (expected, estimated) = await ledger.load(), await ledger.load_slowly()
+    assert portfolios_of(loaded) == expected
+    assert by_portfolio(loaded.estimated) == by_portfolio(estimated)
+    assert (len(expected), len(by_portfolio(estimated)) > 0) == (10, True)
+
+
+async def test_a_shard_without_portfolios_is_empty(ledger: ShardLedger) -> None:
+    loaded = await ledger.load()
+    assert (portfolios_of(loaded), loaded.symbols, loaded.estimated, loaded.closed_day_bases) == ([], [], [], [])
+
+
+async def test_only_the_shard_s_own_portfolios_are_read(ledger: ShardLedger, fresh_database: str) -> None:
+    """Places count within the shard, symbols among what it holds."""
+    async with asyncpg.create_pool(postgres_dsn(fresh_database), min_size=1, max_size=2) as pool:
+        for shard, name, symbol in ((1, "p-0", "AAPL"), (0, "p-1", "KO"), (1, "p-2", "TSLA")):
+            script = ScriptedLedger(name)
+            script.fill(symbol, "BUY", "1", "2")
+            await LedgerBuilder(pool).portfolio(name, opened_at=BEGIN, shard=shard)
+            await script.write(pool)
+    loaded = await ledger.load()
+    assert (loaded.portfolio_ids, loaded.symbols) == (["p-1"], ["KO"])
+
+
+async def test_a_shard_is_under_repair_until_the_repair_is_finished(ledger: ShardLedger) -> None:
+    await ledger.admin.execute("UPDATE shard SET owner = 'me'")
+    asked = await Reconciliations(ledger.engine).ask_repair(0, ledger.lease.epoch, ["p-1"], ["nav"], 60)
+    assert asked is not None
+    assert (await ledger.load()).is_under_repair
+    await Reconciliations(ledger.engine).finish_repair(asked, 2)
+    assert not (await ledger.load()).is_under_repair

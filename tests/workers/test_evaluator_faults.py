@@ -175,37 +175,6 @@ async def test_every_batch_of_a_fetch_comes_to_an_end_before_the_next_fetch(alon
     assert {claimed.shard for claimed in alone._claims} == {0, 1}
 
 
-async def test_a_day_cut_while_positions_are_written_makes_them_due_again(alone: Evaluator) -> None:
-    own(alone, 0)
-    owned = alone.owned[0]
-    owned.positions_due = True
-    written = []
-
-    async def write_all(_: OwnedShard) -> bool:
-        written.append(1)
-        owned.positions_due = len(written) == 1  # the cut comes during the first
-        return True
-
-    alone.flusher.write_all_positions = write_all  # type: ignore[method-assign]
-    for _ in range(3):
-        await alone.flusher.settle(owned)
-    assert len(written) == 2
-
-
-async def test_positions_that_could_not_be_written_stay_due(alone: Evaluator) -> None:
-    own(alone, 0)
-    owned = alone.owned[0]
-    owned.positions_due = True
-
-    async def fail(_: OwnedShard) -> bool:
-        raise ConnectionResetError
-
-    alone.flusher.write_all_positions = fail  # type: ignore[method-assign]
-    with pytest.raises(ConnectionResetError):
-        await alone.flusher.settle(owned)
-    assert owned.positions_due
-
-
 async def test_a_batchs_positions_that_could_not_be_written_have_the_shard_published_again(alone: Evaluator) -> None:
     own(alone, 0)
 
@@ -214,7 +183,7 @@ async def test_a_batchs_positions_that_could_not_be_written_have_the_shard_publi
 
     alone.hot.write_positions = fail  # type: ignore[method-assign]
     change = PositionsChange("p-0", False, ["AAPL"], {}, [])
-    await alone.flusher.write_positions(alone.owned[0], [change])
+    await alone.positions.write(alone.owned[0], [change])
     assert not alone.owned[0].published
 
 
@@ -228,7 +197,7 @@ async def test_a_shard_that_turns_out_fenced_when_taken_again_leaves_the_book(al
     async def release(of: Lease) -> None:
         released.append(of)
 
-    alone.flusher.take = fenced  # type: ignore[method-assign]
+    alone._take_over.take = fenced  # type: ignore[method-assign]
     alone.shards = SimpleNamespace(release=release)  # type: ignore[assignment]
     await alone._take(lease(0))
     assert alone._leaving == {0}
@@ -243,11 +212,62 @@ async def test_a_shard_taken_again_under_its_lease_goes_on_with_its_sequence(alo
     async def take(of: Lease) -> OwnedShard:
         return OwnedShard(of, 9)
 
-    alone.flusher.take = take  # type: ignore[method-assign]
+    alone._take_over.take = take  # type: ignore[method-assign]
     await alone._take(lease(0))
     assert (alone.owned[0].sequence, alone.owned[0].next_offset) == (41, 9)
     await alone._take(lease(0, epoch=2))
     assert alone.owned[0].sequence == 0
+
+
+async def test_shards_are_published_one_by_one_as_they_are_taken(alone: Evaluator) -> None:
+    done: list[str] = []
+
+    async def take(of: Lease) -> OwnedShard:
+        done.append(f"take {of.shard}")
+        return OwnedShard(of, 0)
+
+    async def settle(owned: OwnedShard) -> None:
+        if not owned.published:
+            done.append(f"publish {owned.lease.shard}")
+        owned.published = True
+
+    alone._take_over.take, alone._take_over.settle = take, settle  # type: ignore[method-assign]
+    alone._assign = lambda: None  # type: ignore[method-assign]
+    alone.quotes.ready.set()
+    alone._claims = [lease(0), lease(1)]
+    await alone._change_shards()
+    assert done == ["take 0", "publish 0", "take 1", "publish 1"]
+    assert alone._claims == []
+
+
+async def test_a_batch_that_comes_while_a_flush_is_under_way_is_not_flushed_before_its_positions(
+    alone: Evaluator,
+) -> None:
+    """Whoever takes over reads the ledger sequences of marks as what positions are up to."""
+    own(alone, 0)
+    flushed: list[object] = []
+
+    async def flush(*arguments: object) -> FlushOutcome:
+        flushed.append(arguments)
+        return FlushOutcome.WRITTEN
+
+    alone.hot.flush = flush  # type: ignore[method-assign]
+    alone.owned[0].posting = True
+    await alone.flusher._flush_shard(alone.owned[0], alone.book.changed(), 1, 0)
+    assert flushed == []
+    assert len(alone.book.changed()) == 1
+
+
+async def test_refused_positions_stop_a_shards_marks_at_once(alone: Evaluator) -> None:
+    own(alone, 0)
+
+    async def refuse(*_: object) -> bool:
+        return False
+
+    alone.hot.write_positions = refuse  # type: ignore[method-assign]
+    await alone.positions.write(alone.owned[0], [PositionsChange("p-0", False, ["AAPL"], {}, {})])
+    assert not alone.owned[0].published
+    assert alone._leaving == {0}
 
 
 @pytest.mark.parametrize(("later_epochs", "is_kept"), [(1, True), (2, False)])

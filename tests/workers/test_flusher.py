@@ -16,12 +16,15 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from engine.marks import FrameHeader, Mark, MarkArray, decode_mark
 from engine.runtime import telemetry
 from engine.runtime.clock import to_ns
+from engine.stores.hot_state_former import FormerState
 from engine.stores.hot_state_redis import FlushOutcome
 from tests.book_time import MICRO, Stage, instant
 from tests.bookkeeping import cash, fill, opening
 from tests.shard_ledger import CUT_AT, ShardLedger, shard_ledger
 from workers.flusher import FRAME_AGE_MAX_S, Flusher
+from workers.hot_positions import HotPositions
 from workers.owned_shard import OwnedShard, SnapshotFrame
+from workers.take_over import TakeOver
 
 SECOND, HOUR = timedelta(seconds=1), timedelta(hours=1)
 LATE = "15:30 Europe/Paris"  # 14:30 UTC in winter
@@ -38,6 +41,7 @@ class Hot:
         self.pushed: list[bytes] = []
         self.positions: dict[str, dict[str, int]] = {}
         self.answers: list[FlushOutcome | Exception] = []
+        self.basis = ""
 
     async def flush(self, header: FrameHeader, slots: object, marks: MarkArray) -> FlushOutcome:
         self.flushed.append((header, marks.copy()))
@@ -62,6 +66,13 @@ class Hot:
     async def advance(self, *_: object) -> bool:
         return True
 
+    async def claim(self, *_: object) -> FormerState:
+        return FormerState(None, "")
+
+    async def set_basis(self, shard: int, epoch: int, basis: str) -> bool:
+        self.basis = basis
+        return True
+
 
 class Life(Stage):
     """An evaluator that owns shard 0 of the ledger, as far as its flusher goes."""
@@ -70,12 +81,15 @@ class Life(Stage):
         super().__init__(monkeypatch, now)
         self.hot = Hot(self)  # type: ignore[assignment]
         self.shards, self.ledger = ledger.shards, ledger
+        self.former: Any = self.hot
         self.flusher = Flusher(self.settings, self.clocks, self)  # type: ignore[arg-type]
-        self.time = self.flusher._time
+        self.time = self.flusher.time
+        self.positions = HotPositions(self.clocks, self)  # type: ignore[arg-type]
+        self.take_over = TakeOver(self, self.positions, self.time)  # type: ignore[arg-type]
         self.owned = {}
 
     async def take(self) -> OwnedShard:
-        owned = self.owned[0] = await self.flusher.take(self.ledger.lease)
+        owned = self.owned[0] = await self.take_over.take(self.ledger.lease)
         return owned
 
     async def until(self, now: Any, *, is_stored: bool = True) -> None:
@@ -86,7 +100,7 @@ class Life(Stage):
             await self.flusher.flush()
         if is_stored:
             for owned in self.owned.values():
-                await self.flusher.settle(owned)
+                await self.take_over.settle(owned)
 
     def shown(self, name: str) -> tuple[int, int, Any]:
         mark = self.mark(name)
