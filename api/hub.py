@@ -59,6 +59,9 @@ class MarkSlot:
         self._mark, self._count = None, 0
         return taken
 
+    def latency_ms(self, now_ns: int) -> float | None:
+        return None
+
 
 class QuoteSlot:
     """Holds at most one quote per watched symbol. `fill` brings the first ones, and those read after a gap.

@@ -153,6 +153,14 @@ def plain(value: Decimal) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def scaled_text(number: int, digits: int) -> str:
+    """`plain` of number × 10^−digits, without making a Decimal of it."""
+    if number < 0:
+        return f"-{scaled_text(-number, digits)}"
+    whole, rest = divmod(number, 10**digits)
+    return f"{whole}.{rest:0{digits}}".rstrip("0") if rest else str(whole)
+
+
 def decimals_of(value: Decimal) -> int:
     """How many decimals the value has once trailing zeros are gone; 0 for whole numbers."""
     exponent = value.normalize(EXACT).as_tuple().exponent

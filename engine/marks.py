@@ -23,7 +23,7 @@ A frame without rows is a heartbeat.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -54,7 +54,8 @@ MARK = np.dtype(
     ]
 )
 UNKNOWN = -(2**63)
-RATIO_SCALE = 10**12
+RATIO_DIGITS = 12
+RATIO_SCALE = 10**RATIO_DIGITS
 
 MarkArray = NDArray[np.void]
 
@@ -97,22 +98,42 @@ class Mark:
 
 _MARK_STRUCT = struct.Struct("<18q")
 assert _MARK_STRUCT.size == MARK.itemsize and MARK.names is not None
-_RATIO_AT, _QUALITY_AT = MARK.names.index("day_pnl_ratio_e12"), MARK.names.index("quality")
+_RATIO_AT = MARK.names.index("day_pnl_ratio_e12")
 
 _HEADER = struct.Struct("<4sIqqqqqqq")
 _GROUP = struct.Struct("<HHI")
 _MAGIC = b"NVM3"
 
 
+# A mark's fields in MARK's order as they are packed: raw int64, UNKNOWN where there is no ratio.
+Row = tuple[int, ...]
+SEQUENCE_AT, QUALITY_AT = MARK.names.index("sequence"), MARK.names.index("quality")
+QUALITIES_COUNT = len(MarkQuality)
+# unpack_row(buffer, offset): the row packed there. Raises struct.error when there are too few bytes.
+unpack_row: Callable[..., Row] = _MARK_STRUCT.unpack_from
+
+
 def decode_mark(data: bytes | memoryview, epoch: int) -> Mark:
     """Read one packed mark. Raises ValueError when it does not have exactly MARK's size."""
     if len(data) != MARK.itemsize:
         raise ValueError(f"a mark has {MARK.itemsize} bytes, not {len(data)}")
-    fields: list[Any] = list(_MARK_STRUCT.unpack(data))
+    return mark_of(_MARK_STRUCT.unpack(data), epoch)
+
+
+def mark_of(row: Row, epoch: int) -> Mark:
+    """The mark whose fields these are."""
+    fields: list[Any] = list(row)
     fields[_RATIO_AT] = None if fields[_RATIO_AT] == UNKNOWN else fields[_RATIO_AT]
-    fields[_QUALITY_AT] = MarkQuality(fields[_QUALITY_AT])
+    fields[QUALITY_AT] = MarkQuality(fields[QUALITY_AT])
     fields.append(epoch)
     return Mark(*fields)
+
+
+def row_of(mark: Mark) -> Row:
+    """The fields of a mark as they are packed: the inverse of `mark_of`."""
+    fields = [getattr(mark, name) for name in MARK.names or ()]
+    fields[_RATIO_AT] = UNKNOWN if mark.day_pnl_ratio_e12 is None else mark.day_pnl_ratio_e12
+    return tuple(map(int, fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,5 +202,5 @@ def _groups(data: bytes) -> Iterator[tuple[list[bytes], memoryview]]:
         offset = marks_at + MARK.itemsize * count
         if offset > len(data) or not id_length:
             raise ValueError("a marks frame is cut short")
-        ids = [bytes(view[at : at + id_length]) for at in range(ids_at, marks_at, id_length)]
+        ids = [data[at : at + id_length] for at in range(ids_at, marks_at, id_length)]
         yield ids, view[marks_at:offset]

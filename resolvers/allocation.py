@@ -16,10 +16,12 @@ from engine.runtime.clock import to_datetime
 from engine.sectors import Allocation as Allocated
 from engine.sectors import SectorValue, Slice, allocation_of, slices_of
 from resolvers.context import Context, Info
-from resolvers.nav import AS_OF, CONFLATED, EPOCH, SEQUENCE, not_ready
+from resolvers.mark_messages import AS_OF, CONFLATED, EPOCH, SEQUENCE
+from resolvers.nav import not_ready
 from resolvers.position_streams import Present, follow_positions
 from resolvers.sectors import WEIGHT_DECIMALS
-from resolvers.streams import RATE_HZ_DEFAULT, StreamKind
+from resolvers.stream_kind import StreamKind
+from resolvers.streams import RATE_HZ_DEFAULT
 
 NO_WEIGHTS: Mapping[str, Decimal] = {}
 

@@ -30,7 +30,8 @@ from resolvers.enums import BadgeEventKind, BadgePredicate, Rarity
 from resolvers.errors import AWAY
 from resolvers.nav import not_ready
 from resolvers.pages import read_sequence_cursor, write_cursor
-from resolvers.streams import StreamKind, kind_of, make_pace
+from resolvers.stream_kind import StreamKind
+from resolvers.streams import kind_of, make_pace
 
 BADGE_POLL_INTERVAL_S = 15
 EVENT_BATCH_COUNT_MAX = 200

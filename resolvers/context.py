@@ -66,6 +66,10 @@ class MarkWatch(Protocol):
     def take(self) -> tuple[Mark, int] | None:
         """The newest mark since the last take and how many it stands for; None when there was none."""
 
+    def latency_ms(self, now_ns: int) -> float | None:
+        """How long before `now_ns`, wall time, the oldest quote was that moved the mark taken last; None when it is not
+        known, or none did."""
+
 
 class QuoteWatch(Protocol):
     @property
@@ -91,6 +95,16 @@ class Hub(Protocol):
         """Set `signal` when there may be new badge events; also when it is not known."""
 
     def watch_quotes(self, symbols: Collection[str], signal: asyncio.Event) -> AbstractContextManager[QuoteWatch]: ...
+
+
+class LiveDelivery(Protocol):
+    """Takes over a stream of marks whose selection it can compile, and sends its messages past graphql-core."""
+
+    def compile(self, info: Info) -> object | None:
+        """What the operation shows of a mark; None when graphql-core has to make its messages."""
+
+    async def deliver(self, portfolio: PortfolioIdentity, projection: object, max_rate_hz: float) -> None:
+        """Send the operation's messages until it ends: it is cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +142,7 @@ class Context:
     access: Access | None
     request_id: str
     streaming: bool  # whether answers may follow each other, which takes a WebSocket
+    live: LiveDelivery | None = None
 
     def require(self, scope: str) -> Access:
         """The caller, when it holds `scope`. Raises PublicError UNAUTHENTICATED, FORBIDDEN."""

@@ -16,8 +16,22 @@ from resolvers.context import Context, Info
 from resolvers.enums import MarkQuality
 from resolvers.errors import ErrorCode, PublicError
 from resolvers.fields import resolved
-from resolvers.pnl import show_ratio
-from resolvers.streams import RATE_HZ_DEFAULT, StreamKind, mark_updates
+from resolvers.mark_messages import (
+    AS_OF,
+    EPOCH,
+    LEDGER_SEQUENCE,
+    MARK_FIELDS,
+    QUALITY,
+    SEQUENCE,
+    Fields,
+    Head,
+    MarkField,
+    MarkMessage,
+    Shown,
+    figures,
+    show_ratio,
+)
+from resolvers.streams import RATE_HZ_DEFAULT, mark_updates
 
 SHARE_DECIMALS = 10
 
@@ -25,12 +39,6 @@ NAV = "Net asset value = cash + receivables + positionsValue, in the base curren
 CASH = "Cash after all booked ledger entries, in the base currency; may be negative."
 RECEIVABLES = "Dividends accrued at their ex-date and not paid yet; below 0 where a short position owes them."
 POSITIONS_VALUE = "Σ round(quantity × price, 6 decimals) over open positions; short positions count negative."
-QUALITY = "The worst quality among the prices behind this figure."
-AS_OF = "When the mark was made."
-EPOCH = "Grows with every change of the shard's owner; (epoch, sequence) orders a portfolio's marks."
-SEQUENCE = "Grows with every flush of the shard that changed the mark; begins anew with each epoch."
-LEDGER_SEQUENCE = "How many of the portfolio's ledger entries the figures include."
-CONFLATED = "How many marks this message stands for: those since the last message, itself included; 0 for HEARTBEAT."
 
 
 @strawberry.type(description="The part of a portfolio's positions whose prices are of one quality.")
@@ -106,19 +114,19 @@ class Valuation:
 
 
 @strawberry.type(description="A message of navUpdates: the portfolio's NAV at one mark.")
-class NavUpdate:
-    kind: StreamKind = strawberry.field(description="Why this message was sent.")
-    portfolio_id: str = strawberry.field(description="The portfolio.")
+class NavUpdate(MarkMessage):
     nav: Decimal = strawberry.field(description=NAV)
     cash: Decimal = strawberry.field(description=CASH)
     receivables: Decimal = strawberry.field(description=RECEIVABLES)
     positions_value: Decimal = strawberry.field(description=POSITIONS_VALUE)
-    quality: MarkQuality = strawberry.field(description=QUALITY)
-    as_of: datetime = strawberry.field(description=AS_OF)
-    epoch: int = strawberry.field(description=EPOCH)
-    sequence: int = strawberry.field(description=SEQUENCE)
-    ledger_sequence: int = strawberry.field(description=LEDGER_SEQUENCE)
-    conflated: int = strawberry.field(description=CONFLATED)
+
+
+NAV_FIELDS: Fields = MARK_FIELDS | {
+    "nav": MarkField("nav", Shown.AMOUNT),
+    "cash": MarkField("cash", Shown.AMOUNT),
+    "receivables": MarkField("receivables", Shown.AMOUNT),
+    "positions_value": MarkField("positions_value", Shown.AMOUNT),
+}
 
 
 async def load_valuation(context: Context, place: tuple[int, str]) -> Valuation:
@@ -157,7 +165,7 @@ def _show_valuation(
         income=from_micro(mark.income),
         flows=from_micro(mark.flows),
         day_pnl=from_micro(mark.day_pnl),
-        day_pnl_ratio=show_ratio(mark),
+        day_pnl_ratio=show_ratio(mark.day_pnl_ratio_e12),
         day_cut_at=to_datetime(mark.day_cut_at_ns),
         quality=mark.quality,
         as_of=to_datetime(mark.as_of_ns),
@@ -182,22 +190,9 @@ async def nav_updates(
     info: Info, portfolio_id: str, max_rate_hz: float | None = RATE_HZ_DEFAULT
 ) -> AsyncIterator[NavUpdate]:
     portfolio = await info.context.portfolio(portfolio_id)
-    async for update in mark_updates(info, portfolio, max_rate_hz, _show):
+    async for update in mark_updates(info, portfolio, max_rate_hz, NAV_FIELDS, _show):
         yield update
 
 
-def _show(portfolio_id: str, mark: Mark, kind: StreamKind, conflated: int) -> NavUpdate:
-    return NavUpdate(
-        kind=kind,
-        portfolio_id=portfolio_id,
-        nav=from_micro(mark.nav),
-        cash=from_micro(mark.cash),
-        receivables=from_micro(mark.receivables),
-        positions_value=from_micro(mark.positions_value),
-        quality=mark.quality,
-        as_of=to_datetime(mark.as_of_ns),
-        epoch=mark.epoch,
-        sequence=mark.sequence,
-        ledger_sequence=mark.ledger_sequence,
-        conflated=conflated,
-    )
+def _show(head: Head, mark: Mark, before: Mark | None) -> NavUpdate:
+    return NavUpdate(**figures(NAV_FIELDS, head, mark))

@@ -6,23 +6,29 @@ changes of all UPDATEs between two messages sum to the difference of their NAVs,
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 from decimal import Decimal
 
 import strawberry
 
-from engine.amounts import EXACT
-from engine.amounts import from_micro as show_amount
+from engine.amounts import from_micro
 from engine.explain import Parts, between
-from engine.marks import RATIO_SCALE, Mark
-from engine.runtime.clock import to_datetime
+from engine.marks import Mark
 from resolvers.context import Info
-from resolvers.enums import MarkQuality
 from resolvers.fields import resolved
-from resolvers.streams import RATE_HZ_DEFAULT, StreamKind, mark_updates
+from resolvers.mark_messages import MARK_FIELDS, ChangeField, Fields, Head, MarkField, MarkMessage, Shown, figures
+from resolvers.streams import RATE_HZ_DEFAULT, mark_updates
 
-_RATIO_UNIT = Decimal(RATIO_SCALE)
+# Field of NavParts → attribute of engine.explain.Parts.
+_PARTS = {
+    "price": "price",
+    "trading": "trading",
+    "fees": "fees",
+    "income": "income",
+    "flows": "flows",
+    "corporate_actions": "corporate",
+}
 
 
 @strawberry.type(
@@ -50,11 +56,9 @@ class PnlChange(NavParts):
 
 
 @strawberry.type(description="A message of pnlUpdates: the portfolio's P&L at one mark, in the base currency.")
-class PnlUpdate:
+class PnlUpdate(MarkMessage):
     mark: strawberry.Private[Mark]
     before: strawberry.Private[Mark | None]
-    kind: StreamKind = strawberry.field(description="Why this message was sent.")
-    portfolio_id: str = strawberry.field(description="The portfolio.")
     unrealized_pnl: Decimal = strawberry.field(description="positionsValue − Σ cost of the open positions.")
     realized_pnl: Decimal = strawberry.field(
         description="Gross P&L realised by all fills since the portfolio was opened; fees are not part of it."
@@ -67,16 +71,6 @@ class PnlUpdate:
         description="Time-weighted return since the day cut as a fraction (0.01 is 1 %); null where undefined."
     )
     day_cut_at: datetime = strawberry.field(description="The day cut that dayPnl counts from.")
-    quality: MarkQuality = strawberry.field(description="The worst quality among the prices behind this figure.")
-    as_of: datetime = strawberry.field(description="When the mark was made.")
-    epoch: int = strawberry.field(description="Grows with every change of the shard's owner.")
-    sequence: int = strawberry.field(description="Grows with every flush that changed the mark, within an epoch.")
-    ledger_sequence: int = strawberry.field(
-        description="How many of the portfolio's ledger entries the figures include."
-    )
-    conflated: int = strawberry.field(
-        description="How many marks this message stands for, itself included; 0 for HEARTBEAT."
-    )
 
     @resolved(
         "What changed NAV since the last SNAPSHOT, UPDATE or RESET of this subscription. Null with SNAPSHOT, RESET and "
@@ -86,67 +80,39 @@ class PnlUpdate:
         return None if self.before is None else _show_change(between(self.before, self.mark))
 
 
-def show_ratio(mark: Mark) -> Decimal | None:
-    """The day's return as a fraction; None where it is undefined."""
-    ratio = mark.day_pnl_ratio_e12
-    return None if ratio is None else EXACT.divide(Decimal(ratio), _RATIO_UNIT)
+PNL_FIELDS: Fields = MARK_FIELDS | {
+    "unrealized_pnl": MarkField("unrealized", Shown.AMOUNT),
+    "realized_pnl": MarkField("realized", Shown.AMOUNT),
+    "fees": MarkField("fees", Shown.AMOUNT),
+    "day_pnl": MarkField("day_pnl", Shown.AMOUNT),
+    "day_pnl_ratio": MarkField("day_pnl_ratio_e12", Shown.RATIO),
+    "day_cut_at": MarkField("day_cut_at_ns", Shown.INSTANT),
+    "change": ChangeField(
+        columns=("nav", "trading", "fees", "income", "flows", "corporate"),
+        parts=_PARTS | {"nav": "nav_change"},
+    ),
+}
 
 
 def show_parts(parts: Parts) -> NavParts:
-    return NavParts(
-        price=show_amount(parts.price),
-        trading=show_amount(parts.trading),
-        fees=show_amount(parts.fees),
-        income=show_amount(parts.income),
-        flows=show_amount(parts.flows),
-        corporate_actions=show_amount(parts.corporate),
-    )
+    return NavParts(**_amounts(parts, _PARTS))
+
+
+def _show_change(parts: Parts) -> PnlChange:
+    return PnlChange(**_amounts(parts, _PARTS), nav=from_micro(parts.nav_change))
+
+
+def _amounts(parts: Parts, names: Mapping[str, str]) -> dict[str, Decimal]:
+    return {name: from_micro(getattr(parts, attribute)) for name, attribute in names.items()}
 
 
 async def pnl_updates(
     info: Info, portfolio_id: str, max_rate_hz: float | None = RATE_HZ_DEFAULT
 ) -> AsyncIterator[PnlUpdate]:
     portfolio = await info.context.portfolio(portfolio_id)
-    sent: Mark | None = None
-
-    def show(portfolio_id: str, mark: Mark, kind: StreamKind, conflated: int) -> PnlUpdate:
-        before = sent if kind is StreamKind.UPDATE else None
-        return _show(portfolio_id, mark, before, kind, conflated)
-
-    async for update in mark_updates(info, portfolio, max_rate_hz, show, _compared):
-        if update.kind is not StreamKind.HEARTBEAT:
-            sent = update.mark
+    async for update in mark_updates(info, portfolio, max_rate_hz, PNL_FIELDS, _show):
         yield update
 
 
-def _compared(update: PnlUpdate, name: str) -> object:
-    """What has to differ from the message before to be worth another: of a change, what it changes."""
-    mark = update.mark
-    if name == "change":
-        return mark.nav, mark.trading, mark.fees, mark.income, mark.flows, mark.corporate
-    return getattr(update, name)
-
-
-def _show(portfolio_id: str, mark: Mark, before: Mark | None, kind: StreamKind, conflated: int) -> PnlUpdate:
-    return PnlUpdate(
-        mark=mark,
-        before=before,
-        kind=kind,
-        portfolio_id=portfolio_id,
-        unrealized_pnl=show_amount(mark.unrealized),
-        realized_pnl=show_amount(mark.realized),
-        fees=show_amount(mark.fees),
-        day_pnl=show_amount(mark.day_pnl),
-        day_pnl_ratio=show_ratio(mark),
-        day_cut_at=to_datetime(mark.day_cut_at_ns),
-        quality=mark.quality,
-        as_of=to_datetime(mark.as_of_ns),
-        epoch=mark.epoch,
-        sequence=mark.sequence,
-        ledger_sequence=mark.ledger_sequence,
-        conflated=conflated,
-    )
-
-
-def _show_change(parts: Parts) -> PnlChange:
-    return PnlChange(nav=show_amount(parts.nav_change), **vars(show_parts(parts)))
+def _show(head: Head, mark: Mark, before: Mark | None) -> PnlUpdate:
+    return PnlUpdate(mark=mark, before=before, **figures(PNL_FIELDS, head, mark))

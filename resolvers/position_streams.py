@@ -21,7 +21,8 @@ from engine.sectors import SectorValue
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context, QuoteWatch
 from resolvers.errors import AWAY
-from resolvers.streams import StreamKind, kind_of, make_pace
+from resolvers.stream_kind import StreamKind
+from resolvers.streams import kind_of, make_pace
 
 AWAY_RETRY_INTERVAL_S = 1
 # A fill's mark may be flushed a moment before its positions are written: they are read once more after this.

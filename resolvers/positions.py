@@ -20,10 +20,12 @@ from resolvers.context import SCOPE_LEDGER_READ, Context, Info
 from resolvers.enums import MarkQuality
 from resolvers.fields import resolved
 from resolvers.lots import Lot, ShownPosition, show_lot
-from resolvers.nav import AS_OF, CONFLATED, EPOCH, SEQUENCE, not_ready
+from resolvers.mark_messages import AS_OF, CONFLATED, EPOCH, SEQUENCE
+from resolvers.nav import not_ready
 from resolvers.pages import Connection, check_first, connection, read_cursor, write_cursor
 from resolvers.position_streams import Present, follow_positions
-from resolvers.streams import RATE_HZ_DEFAULT, StreamKind
+from resolvers.stream_kind import StreamKind
+from resolvers.streams import RATE_HZ_DEFAULT
 
 
 class PositionSide(StrEnum):

@@ -16,7 +16,8 @@ from engine.sessions import quality_of
 from resolvers.context import SCOPE_PORTFOLIO_READ, Context, Info
 from resolvers.enums import MarkQuality
 from resolvers.errors import ErrorCode, PublicError
-from resolvers.streams import RATE_HZ_DEFAULT, StreamKind, make_pace
+from resolvers.stream_kind import StreamKind
+from resolvers.streams import RATE_HZ_DEFAULT, make_pace
 
 SYMBOLS_COUNT_MAX = 200
 

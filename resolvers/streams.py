@@ -14,43 +14,21 @@ in the watch's one slot; `conflated` says how many marks a message stands for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from enum import StrEnum
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
-
-import strawberry
-from strawberry.types.nodes import FragmentSpread, InlineFragment, SelectedField, Selection
 
 from engine.marks import Mark
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context, Info
 from resolvers.errors import ErrorCode, PublicError
-
-# These describe the message, not the value: that they differ is no reason to send one.
-MESSAGE_FIELDS = frozenset({"kind", "conflated", "__typename"})
+from resolvers.mark_messages import Fields, Head
+from resolvers.selection import python_name, selection_of
+from resolvers.stream_kind import StreamKind
 
 RATE_HZ_DEFAULT = 4.0
 
 Update = TypeVar("Update")
-
-
-class StreamKind(StrEnum):
-    SNAPSHOT = "SNAPSHOT"
-    UPDATE = "UPDATE"
-    HEARTBEAT = "HEARTBEAT"
-    RESET = "RESET"
-
-
-strawberry.enum(
-    StreamKind,
-    description=(
-        "Why a message was sent. SNAPSHOT: the first, complete. UPDATE: something selected changed. HEARTBEAT: "
-        "nothing changed for a while, the last value again; it means that the value is current. While that is not "
-        "known, because the source of the values is not heard, none is sent, and the first message afterwards is an "
-        "UPDATE or a RESET. RESET: the shard has a new owner; a fresh and complete value, `sequence` begins anew "
-        "under a greater `epoch`."
-    ),
-)
 
 
 class Pace:
@@ -90,31 +68,29 @@ def make_pace(context: Context, max_rate_hz: float | None, signal: asyncio.Event
     return Pace(signal, 1 / max_rate_hz, settings.heartbeat_interval_s)
 
 
-def selected_fields(info: Info) -> frozenset[str]:
-    """The Python names of the fields that the operation selects of a stream's message, MESSAGE_FIELDS left out."""
-    definition = info.schema.get_type_by_name(_type_name(info))
-    names = {field.name for root in info.selected_fields for field in _flat(root.selections)} - MESSAGE_FIELDS
-    fields = getattr(definition, "fields", [])
-    converter = info.schema.config.name_converter
-    return frozenset(field.python_name for field in fields if converter.get_graphql_name(field) in names)
-
-
 async def mark_updates(
     info: Info,
     portfolio: PortfolioIdentity,
     max_rate_hz: float | None,
-    show: Callable[[str, Mark, StreamKind, int], Update],
-    compared: Callable[[Update, str], object] = getattr,
+    fields: Fields,
+    show: Callable[[Head, Mark, Mark | None], Update],
 ) -> AsyncIterator[Update]:
-    """The messages of a stream that shows one portfolio's marks, each made by `show`.
+    """The messages of a stream that shows one portfolio's marks: sent past graphql-core where the operation's way out
+    can do that, and otherwise each made by `show` of what is said of the message, its mark, and for an UPDATE the mark
+    of the message before.
 
-    One is sent when what is `compared` of a selected field differs from the message before.
+    One is sent when a column of the mark that a selected one of its `fields` shows differs from the message before.
     """
     signal = asyncio.Event()
     pace = make_pace(info.context, max_rate_hz, signal)
-    selected = sorted(selected_fields(info))
+    live = info.context.live
+    projection = None if live is None else live.compile(info)
+    if live is not None and projection is not None:
+        await live.deliver(portfolio, projection, RATE_HZ_DEFAULT if max_rate_hz is None else max_rate_hz)
+        return
+    columns = _selected_columns(info, fields)
     last: Mark | None = None
-    shown: list[object] = []
+    sent: Mark | None = None
     stands_for = 0
     withheld = False
     with info.context.services.hub.watch_portfolio(portfolio.shard, portfolio.portfolio_id, signal) as watch:
@@ -128,19 +104,21 @@ async def mark_updates(
                     withheld = True
                     continue
                 pace.sending()
-                yield show(portfolio.portfolio_id, last, StreamKind.HEARTBEAT, 0)
+                yield show(Head(StreamKind.HEARTBEAT, portfolio.portfolio_id, 0, None), last, None)
                 continue
             kind = kind_of(last, taken[0])
             last, stands_for = taken[0], stands_for + taken[1]
-            update = show(portfolio.portfolio_id, last, kind, stands_for or 1)
             resumed = withheld and watch.current
-            values = [compared(update, name) for name in selected]
-            if kind is StreamKind.UPDATE and values == shown and not resumed:
+            is_same = sent is not None and all(getattr(last, name) == getattr(sent, name) for name in columns)
+            if kind is StreamKind.UPDATE and is_same and not resumed:
                 continue
+            latency_ms = None if kind is StreamKind.SNAPSHOT else watch.latency_ms(time.time_ns())
+            before = sent if kind is StreamKind.UPDATE else None
+            head = Head(kind, portfolio.portfolio_id, stands_for or 1, latency_ms)
             withheld = withheld and not resumed
-            shown, stands_for = values, 0
+            sent, stands_for = last, 0
             pace.sending()
-            yield update
+            yield show(head, last, before)
 
 
 def kind_of(last: Mark | None, mark: Mark) -> StreamKind:
@@ -150,15 +128,8 @@ def kind_of(last: Mark | None, mark: Mark) -> StreamKind:
     return StreamKind.UPDATE if mark.epoch == last.epoch else StreamKind.RESET
 
 
-def _type_name(info: Info) -> str:
-    return str(getattr(info.return_type, "__name__", ""))
-
-
-def _flat(selections: Sequence[Selection]) -> list[SelectedField]:
-    fields: list[SelectedField] = []
-    for selection in selections:
-        if isinstance(selection, FragmentSpread | InlineFragment):
-            fields += _flat(selection.selections)
-        else:
-            fields.append(selection)
-    return fields
+def _selected_columns(info: Info, fields: Fields) -> frozenset[str]:
+    """The columns of a mark that the operation shows."""
+    object_type, selection = selection_of(info._raw_info)
+    names = {python_name(object_type, nodes[0].name.value) for nodes in selection.values()}
+    return frozenset(column for name, field in fields.items() if name in names for column in field.columns)
