@@ -15,6 +15,7 @@ from benchmarks import (
     hot_write,
     ledger,
     million,
+    recovery,
     seed_system,
 )
 
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "hot_write": hot_write.run,
     "ledger": ledger.run,
     "million": million.run,
+    "recovery": recovery.run,
     "seed_system": seed_system.run,
 }
 

@@ -126,7 +126,7 @@ async def running_seed(
             children.forget(process)
 
 
-async def prepare(settings: Settings, load: Load) -> None:
+async def prepare(settings: Settings, load: Load, with_snapshots: bool = True) -> None:
     """Bring the load into PostgreSQL: ledger, positions and a week of hourly snapshots."""
     await upgrade(settings.postgres_url)
     engine = make_engine(settings, "bench")
@@ -134,6 +134,8 @@ async def prepare(settings: Settings, load: Load) -> None:
     await engine.dispose()
     names = [load.portfolio_id(number) for number in range(len(load.held))]
     await fill_database(settings.postgres_url, load, {name: shard_of(name) for name in names})
+    if not with_snapshots:
+        return
     connection = await asyncpg.connect(settings.postgres_url)
     await connection.execute(_WEEK_OF_SNAPSHOTS)
     await connection.execute("ANALYZE equity_snapshot")

@@ -140,11 +140,11 @@ class TakeOver:
                 names,
                 {name: of[places] for name, of in loaded.accounts.items()},
                 loaded.symbols,
-                held.holder[rows] - start,
-                held.asset[rows],
-                held.quantity[rows],
-                held.decimals[rows],
-                held.cost[rows],
+                held.holder[rows].astype(np.int64) - start,
+                held.asset[rows].astype(np.int64),
+                np.ascontiguousarray(held.quantity[rows]),
+                held.decimals[rows].astype(np.int64),
+                np.ascontiguousarray(held.cost[rows]),
                 held.day_base[rows],
             )
             for number in np.unique(loaded.day_cut_of[places]).tolist():

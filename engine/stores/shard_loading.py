@@ -12,11 +12,13 @@ entry at the cut has no baseline: its day began with nothing.
 Portfolios are numbered by place, in the order of their ids, assets likewise; rows travel as numbers by COPY
 (engine.stores.copied_rows), because one object per position costs several times what PostgreSQL takes to read it. A
 quantity of at most 15 digits is its float64 (engine.book); amounts are whole micro-units. Everything is read in the
-transaction that the caller has begun, so that a place means the same portfolio in all of it.
+transaction that the caller has begun, so that a place means the same portfolio in all of it. Arrays of a whole shard
+are sorted in a thread: meanwhile the caller's leases are renewed.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -42,6 +44,7 @@ __all__ = ["LastCut", "LoadedPositions", "LoadedShard", "QuoteOf", "load_shard"]
 
 # The last cut of a day cut's text.
 LastCut = Callable[[str], int]
+Integers = NDArray[np.signedinteger[Any]]
 Estimated = list[tuple[int, list[Baseline]]]
 
 _SUMS = ("cash", "receivables", "realized", "fees", "income", "flows", "trading", "corporate")
@@ -54,24 +57,24 @@ _ACCOUNTS = f"""
 # The places of a shard's portfolios, and of all assets.
 _HELD = """
     held AS (
-        SELECT id, day_cut, row_number() OVER (ORDER BY id COLLATE "C") - 1 AS place
+        SELECT id, day_cut, (row_number() OVER (ORDER BY id COLLATE "C") - 1)::integer AS place
         FROM portfolio WHERE shard = $1)
 """
 _LISTED = """
-    listed AS (SELECT symbol, row_number() OVER (ORDER BY symbol COLLATE "C") - 1 AS asset FROM asset)
+    listed AS (SELECT symbol, (row_number() OVER (ORDER BY symbol COLLATE "C") - 1)::integer AS asset FROM asset)
 """
 _SYMBOLS = 'SELECT symbol FROM asset ORDER BY symbol COLLATE "C"'
 _POSITIONS = f"""
     WITH {_HELD}, {_LISTED}
-    SELECT place, asset, quantity::float8, scale(trim_scale(quantity))::bigint, (cost * 1000000)::bigint,
+    SELECT place, asset, quantity::float8, scale(trim_scale(quantity))::smallint, (cost * 1000000)::bigint,
         held_since
     FROM position JOIN held ON held.id = portfolio_id JOIN listed USING (symbol)
 """  # noqa: S608
 _POSITION_COLUMNS = {
-    "holder": "i8",
-    "asset": "i8",
+    "holder": "i4",
+    "asset": "i4",
     "quantity": "f8",
-    "decimals": "i8",
+    "decimals": "i2",
     "cost": "i8",
     "held_since_us": "i8",
 }
@@ -98,14 +101,14 @@ _VALUES = f"""
 _TRADED = f"""
     WITH {_LISTED}
     SELECT place, asset, (-sum(amount) * 1000000)::bigint
-    FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS base (place, portfolio_id, after)
+    FROM unnest($1::integer[], $2::text[], $3::bigint[]) AS base (place, portfolio_id, after)
     JOIN ledger_entry AS entry ON entry.portfolio_id = base.portfolio_id AND sequence > base.after AND kind = 'FILL'
     JOIN listed USING (symbol) GROUP BY place, asset
 """  # noqa: S608
-_VALUE_COLUMNS = {"holder": "i8", "asset": "i8", "value": "i8"}
+_VALUE_COLUMNS = {"holder": "i4", "asset": "i4", "value": "i8"}
 _FLOWS = """
     SELECT place, coalesce((nav_before * 1000000)::bigint, 0) AS nav_before, (amount * 1000000)::bigint AS amount
-    FROM unnest($1::bigint[], $2::text[], $3::bigint[]) AS base (place, portfolio_id, after)
+    FROM unnest($1::integer[], $2::text[], $3::bigint[]) AS base (place, portfolio_id, after)
     JOIN ledger_entry AS entry ON entry.portfolio_id = base.portfolio_id AND sequence > base.after
         AND kind = ANY($4::text[])
     ORDER BY place, sequence
@@ -119,14 +122,15 @@ _NEVER = np.iinfo(np.int64).max
 class LoadedPositions:
     """Open positions, ordered by holder: rows [first[p], first[p + 1]) are those of the portfolio at place p.
 
-    `asset` is a place in LoadedShard.symbols, `decimals` are the quantity's.
+    `asset` is a place in LoadedShard.symbols, `decimals` are the quantity's; `holder`, `asset` and `decimals` are
+    narrower than 8 bytes.
     """
 
     first: Int64s
-    holder: Int64s
-    asset: Int64s
+    holder: Integers
+    asset: Integers
     quantity: Float64s
-    decimals: Int64s
+    decimals: Integers
     cost: Int64s
     day_base: Int64s
 
@@ -169,27 +173,33 @@ async def load_shard(
     """Read all of a shard, with what its portfolios have met of these rules."""
     read = await _Reading.begin(await driver_of(connection), shard, last_cut)
     estimated = await read.estimate(quote_of)
-    bases = _summed(await read.bases(estimated), len(read.listed))
-    day_bases, closed = read.split(bases)
-    assets, asset = np.unique(read.held["asset"], return_inverse=True)
-    held_since_us = np.full(len(read.names), _NEVER)
-    np.minimum.at(held_since_us, read.held["holder"], read.held["held_since_us"])
-    columns = {name: np.ascontiguousarray(read.held[name]) for name in ("holder", "quantity", "decimals", "cost")}
+    bases = await read.bases(estimated)
+    held = await asyncio.to_thread(read.assemble, bases)
     return LoadedShard(
         next_offset=next_offset,
         portfolio_ids=read.names,
         accounts={name: np.ascontiguousarray(read.accounts[name]) for name in _ACCOUNT_FIELDS} | await read.days(),
         day_cuts=list(read.cuts),
         day_cut_of=read.day_cut_of,
-        held_since_us=held_since_us,
-        symbols=[read.listed[one] for one in assets.tolist()],
-        positions=LoadedPositions(read.first, asset=asset.astype(np.int64), day_base=day_bases, **columns),
-        closed_day_bases=closed,
+        held_since_us=held.since_us,
+        symbols=held.symbols,
+        positions=held.positions,
+        closed_day_bases=held.closed_day_bases,
         cuts=read.cuts,
         estimated=estimated,
         badges=await states_of_shard(read.driver, shard, rules) if rules else {},
         is_under_repair=await read.driver.fetchval(_IS_UNDER_REPAIR, shard),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Of LoadedShard what is about positions."""
+
+    positions: LoadedPositions
+    symbols: list[str]
+    since_us: Int64s
+    closed_day_bases: list[tuple[int, str, int]]
 
 
 @dataclass(slots=True)
@@ -215,7 +225,8 @@ class _Reading:
         number_of = {text: number for number, text in enumerate(cuts)}
         day_cut_of = np.fromiter((number_of[row["day_cut"]] for row in named), np.int64, len(named))
         held = await copy_rows(driver, _POSITIONS, shard, columns=_POSITION_COLUMNS)
-        held = held[np.argsort(held["holder"], kind="stable")]
+        listed = [row["symbol"] for row in await driver.fetch(_SYMBOLS)]
+        held = await asyncio.to_thread(_ordered, held, len(listed))
         return cls(
             driver,
             shard,
@@ -225,7 +236,7 @@ class _Reading:
             await copy_rows(driver, _ACCOUNTS, shard, columns=dict.fromkeys(_ACCOUNT_FIELDS, "i8")),
             held,
             np.searchsorted(held["holder"], np.arange(len(names) + 1)),
-            [row["symbol"] for row in await driver.fetch(_SYMBOLS)],
+            listed,
             await copy_rows(driver, _DAYS, shard, *_instants(cuts), columns=_DAY_COLUMNS),
         )
 
@@ -288,19 +299,31 @@ class _Reading:
         places = np.flatnonzero(self.accounts["ledger_sequence"] > self.day["sequence"]).tolist()
         return places, [self.names[place] for place in places], self.day["sequence"][places].tolist()
 
-    def split(self, bases: tuple[Int64s, Int64s]) -> tuple[Int64s, list[tuple[int, str, int]]]:
-        """Of summed bases those of the open positions, row by row, and those of positions that are closed."""
-        keys, values = bases
-        held = _keys(self.held, len(self.listed))
-        at = np.minimum(np.searchsorted(keys, held), max(len(keys) - 1, 0))
-        is_known = keys[at] == held if len(keys) else np.zeros(len(held), np.bool_)
+    def assemble(self, bases: Rows) -> _Held:
+        """Positions with their day bases, symbols counted among those that are held."""
+        held, listed = self.held, self.listed
+        keys, values = _summed(bases, len(listed))
+        wanted = _keys(held, len(listed))
+        at = np.searchsorted(keys, wanted)
+        at[at == len(keys)] = 0
+        is_known = keys[at] == wanted if len(keys) else np.zeros(len(held), np.bool_)
         day_base = np.zeros(len(held), np.int64)
         day_base[is_known] = values[at[is_known]]
         is_open = np.zeros(len(keys), np.bool_)
         is_open[at[is_known]] = True
-        places, assets = np.divmod(keys[~is_open], max(len(self.listed), 1))
-        symbols = (self.listed[asset] for asset in assets.tolist())
-        return day_base, list(zip(places.tolist(), symbols, values[~is_open].tolist(), strict=True))
+        places, assets = np.divmod(keys[~is_open], max(len(listed), 1))
+        closed = zip(places.tolist(), assets.tolist(), values[~is_open].tolist(), strict=True)
+        is_held = np.bincount(held["asset"], minlength=len(listed)) > 0
+        asset = (np.cumsum(is_held, dtype=np.int32) - 1)[held["asset"]]
+        since_us = np.full(len(self.names), _NEVER)
+        np.minimum.at(since_us, held["holder"], held["held_since_us"])
+        columns = {name: held[name] for name in ("holder", "quantity", "decimals", "cost")}
+        return _Held(
+            LoadedPositions(self.first, asset=asset, day_base=day_base, **columns),
+            [listed[one] for one in np.flatnonzero(is_held).tolist()],
+            since_us,
+            [(place, listed[one], value) for place, one, value in closed],
+        )
 
 
 def _instants(cuts: Mapping[str, int]) -> tuple[list[str], list[datetime]]:
@@ -309,8 +332,14 @@ def _instants(cuts: Mapping[str, int]) -> tuple[list[str], list[datetime]]:
 
 def _keys(rows: Rows, assets_count: int) -> Int64s:
     """One number for portfolio and asset."""
-    keys: Int64s = rows["holder"] * assets_count + rows["asset"]
+    keys: Int64s = rows["holder"].astype(np.int64) * assets_count + rows["asset"]
     return keys
+
+
+def _ordered(rows: Rows, assets_count: int) -> Rows:
+    """Rows by portfolio, then asset."""
+    ordered: Rows = rows[np.argsort(_keys(rows, assets_count), kind="stable")]
+    return ordered
 
 
 def _summed(rows: Rows, assets_count: int) -> tuple[Int64s, Int64s]:
