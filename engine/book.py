@@ -1,13 +1,14 @@
 """The Book: the columnar state of all portfolios that one evaluator owns, and the reverse index asset → holders.
 
-Per asset a column of its holders (engine.book_columns), and per portfolio, by slot: cash, receivables, realized,
-fees, positions_value, cost, … int64 micro-units. A tick touches the asset's column and the rows of its holders,
-nothing else:
+Per portfolio, by slot: cash, receivables, realized, fees, positions_value, cost, … int64 micro-units, and its positions
+(engine.book_positions), which are rows of their assets' columns as well. A tick touches the asset's column and the
+slots of its holders, nothing else; a window in which many assets ticked may take all positions at once:
 
     value_new = round(quantity × price × 10⁶)      positions_value += value_new − value_old
     NAV       = cash + receivables + positions_value
 
-Values are absolute and whole, so the delta path equals a full recomputation bit for bit, for ever.
+Values are absolute and whole, so the delta path equals a full recomputation bit for bit, for ever. `value_new` equals
+engine.amounts.value_micro for every quantity and price that it admits; engine.book_columns says why.
 
 Quality. A column has one (MISSING before its first price) and a portfolio counts its positions by quality; its mark
 carries the worst.
@@ -15,60 +16,43 @@ carries the worst.
 Days. A portfolio belongs to the group of its day cut's text and carries the cut that its day bases count from; `cut`
 sets the day bases of the portfolios that it is given and of nobody else.
 
-Exactness. `value_new` equals engine.amounts.value_micro for every quantity and price that it admits:
-
-* The float product x carries at most four roundings, |x − exact| ≤ 2⁻⁵⁰ |x|. When quantities and price have at most
-  6 decimals together, the exact product is whole, so for |x| < 2⁴⁹ the nearest integer of x is it.
-* Otherwise each x whose distance to a half is within that error, or |x| ≥ 2⁴⁹, is computed again in Decimal: the
-  float64 of at most 15 digits gives its decimal back (`repr`). With ordinary amounts that is one in 10⁵.
-
 A position that never had a price is carried at its cost; one whose value would leave ±AMOUNT_MAX_MICRO is carried at
-its cost too, and nobody else's price waits for it. Not thread-safe.
+its cost too, and nobody else's price waits for it. Slots that were given up are taken again. Not thread-safe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from decimal import Decimal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.amounts import check_number, decimals_of
 from engine.book_accounts import Account as Account
-from engine.book_accounts import AccountArrays, account_at
+from engine.book_accounts import AccountArrays
 from engine.book_accounts import Holding as Holding
-from engine.book_columns import Column, Float64s, HeldValue, Int64s, values_of
+from engine.book_columns import Float64s, HeldValue, Int64s
+from engine.book_holdings import Int32s
+from engine.book_positions import PricedPositions
 from engine.marks import MARK, MarkArray, MarkQuality
-from engine.messages import Condition
 from engine.pnl import DayBase, day_ratio_e12
-from engine.positions import carried_value
-
-Int32s = NDArray[np.int32]
 
 NAV_MAX_MICRO = 2**62  # twice this would wrap int64
 NO_SHARD = -1  # a free slot's
 NO_GROUP = -1  # of a portfolio whose day has not begun
 SLOTS_CAPACITY_MIN = 64
-# What a source says of its price; what becomes of it with time is for engine.sessions to say.
-_SAID = {"": MarkQuality.LIVE, "DELAYED": MarkQuality.DELAYED, "HALTED": MarkQuality.HALTED}
 
 
-class Book:
+class Book(PricedPositions):
     def __init__(self) -> None:
-        self._columns: dict[str, Column] = {}
+        super().__init__()
         self._slot_of: dict[str, int] = {}
         self._id_of: list[str] = []
         self._free: list[int] = []
-        # Per slot: symbol → row in that symbol's column.
-        self._rows: list[dict[str, int]] = []
         # Day bases of positions closed since the cut; a position reopened the same day goes on from there.
         self._closed_day_base: dict[tuple[int, str], int] = {}
         # Day cut text → number of its group; how many portfolios each group has.
         self._group_of: dict[str, int] = {}
         self._group_sizes: list[int] = []
-        # [quality, slot]: how many of the slot's positions have a price of that quality.
-        self.quality_count: Int32s = np.zeros((len(MarkQuality), 0), np.int32)
         self._allocate(SLOTS_CAPACITY_MIN)
 
     def _allocate(self, capacity: int) -> None:
@@ -78,8 +62,7 @@ class Book:
             if old is not None:
                 new[: len(old)] = old
             setattr(self, name, new)
-        more = capacity - self.quality_count.shape[1]
-        self.quality_count = np.pad(self.quality_count, ((0, 0), (0, more)))
+        self._reserve(capacity)
 
     cash: Int64s
     receivables: Int64s
@@ -89,8 +72,6 @@ class Book:
     flows: Int64s
     trading: Int64s
     corporate: Int64s
-    positions_value: Int64s
-    cost: Int64s
     ledger_sequence: Int64s
     day_base: Int64s
     day_factor: Float64s
@@ -98,7 +79,6 @@ class Book:
     day_cut_at_ns: Int64s
     group: Int32s
     shard: Int32s
-    dirty: NDArray[np.bool_]
 
     # -- portfolios ------------------------------------------------------------------------------------------
 
@@ -108,14 +88,6 @@ class Book:
     def __len__(self) -> int:
         return len(self._slot_of)
 
-    @property
-    def positions_count(self) -> int:
-        return sum(column.count for column in self._columns.values())
-
-    @property
-    def symbols(self) -> Iterable[str]:
-        return self._columns.keys()
-
     def slot(self, portfolio_id: str) -> int:
         """Raises KeyError when this Book does not hold the portfolio."""
         return self._slot_of[portfolio_id]
@@ -124,17 +96,14 @@ class Book:
         return [self._id_of[slot] for slot in slots.tolist()]
 
     def slots_of(self, shard: int) -> Int64s:
-        used = np.fromiter(self._slot_of.values(), np.int64, len(self._slot_of))
-        return np.sort(used[self.shard[used] == shard])
+        return np.flatnonzero(self.shard == shard)
 
     def open(self, portfolio_id: str, shard: int, account: Account, holdings: Iterable[Holding] = ()) -> int:
         """Take a portfolio in, with its open positions; returns its slot."""
         if portfolio_id in self._slot_of:
             raise ValueError(f"{portfolio_id} is in the Book already")
         slot = self._new_slot(portfolio_id)
-        self.shard[slot], self.group[slot] = shard, NO_GROUP
-        self.positions_value[slot] = self.cost[slot] = self.day_cut_at_ns[slot] = 0
-        self.quality_count[:, slot] = 0
+        self._begin(np.array([slot]), shard)
         self.set_account(portfolio_id, account)
         for holding in holdings:
             self.set_position(portfolio_id, holding)
@@ -155,22 +124,30 @@ class Book:
     ) -> Int64s:
         """As `open` for many portfolios of a shard; returns their slots. The n-th position is of portfolio
         `ids[holder[n]]` in `symbols[asset[n]]`; its quantity has at most `quantity_decimals[n]` decimals."""
-        slots = [self.open(name, shard, account_at(accounts, place)) for place, name in enumerate(ids)]
-        arrays = (of.tolist() for of in (holder, asset, quantity, cost, day_base))
-        for place, number, held, paid, base in zip(*arrays, strict=True):
-            self.set_position(ids[place], Holding(symbols[number], check_number(Decimal(repr(held)), ""), paid, base))
-        return np.array(slots, np.int64)
+        if any(name in self._slot_of for name in ids):
+            raise ValueError("a portfolio is in the Book already")
+        slots = np.array([self._new_slot(name) for name in ids], np.int64)
+        self._begin(slots, shard)
+        for name in (*_ACCOUNT_FIELDS, "day_base", "day_factor", "segment_base"):
+            getattr(self, name)[slots] = accounts[name]
+        self._add(slots, holder, symbols, asset, quantity, quantity_decimals, cost, day_base)
+        return slots
+
+    def _begin(self, slots: Int64s, shard: int) -> None:
+        self.shard[slots], self.group[slots] = shard, NO_GROUP
+        self.positions_value[slots] = self.cost[slots] = self.day_cut_at_ns[slots] = 0
+        self.quality_count[:, slots] = 0
+        self.dirty[slots] = True
 
     def _new_slot(self, portfolio_id: str) -> int:
         if self._free:
             slot = self._free.pop()
-            self._id_of[slot], self._rows[slot] = portfolio_id, {}
+            self._id_of[slot] = portfolio_id
         else:
             slot = len(self._id_of)
             self._id_of.append(portfolio_id)
-            self._rows.append({})
             if slot >= len(self.cash):
-                self._allocate(2 * len(self.cash))
+                self._allocate(len(self.cash) * 3 // 2)
         self._slot_of[portfolio_id] = slot
         return slot
 
@@ -196,81 +173,37 @@ class Book:
 
     def drop_shard(self, shard: int) -> None:
         """Forget all portfolios of a shard that now belongs to somebody else."""
-        for column in self._columns.values():
-            self._drop_rows(column, shard)
-        dropped = set(self.slots_of(shard).tolist())
+        slots = self.slots_of(shard)
+        self._drop_positions(slots)
+        dropped = set(slots.tolist())
         self._closed_day_base = {k: base for k, base in self._closed_day_base.items() if k[0] not in dropped}
         for slot in dropped:
             del self._slot_of[self._id_of[slot]]
-            self._rows[slot] = {}
             self._leave_group(slot)
-            self.dirty[slot], self.shard[slot] = False, NO_SHARD
-            self._free.append(slot)
-
-    def _drop_rows(self, column: Column, shard: int) -> None:
-        kept = np.flatnonzero(self.shard[column.holder[: column.count]] != shard)
-        if len(kept) == column.count:
-            return
-        column.keep(kept)
-        for row, holder in enumerate(column.holder[: column.count].tolist()):
-            self._rows[holder][column.symbol] = row
+        self.dirty[slots], self.shard[slots] = False, NO_SHARD
+        self._free += dropped
 
     # -- positions -------------------------------------------------------------------------------------------
 
     def set_position(self, portfolio_id: str, holding: Holding) -> None:
         """Set a position to `holding` (absolute); quantity 0 closes it."""
         slot = self._slot_of[portfolio_id]
-        column = self._column(holding.symbol)
-        value = carried_value(holding.quantity, holding.cost, column.price)
-        row = self._rows[slot].get(holding.symbol)
+        self._set(slot, holding)
+        key = (slot, holding.symbol)
         if not holding.quantity:
-            if row is not None:
-                self._remove(column, row)
-            self._closed_day_base[slot, holding.symbol] = holding.day_base
-        else:
-            if row is None:
-                row = self._append(column, slot)
-            self._move(slot, value - int(column.value[row]), holding.cost - int(column.cost[row]))
-            column.quantity[row] = float(holding.quantity)
-            column.value[row], column.cost[row] = value, holding.cost
-            column.day_base[row] = holding.day_base
-            column.decimals_max = max(column.decimals_max, decimals_of(holding.quantity))
-            column.quantity_max = max(column.quantity_max, abs(float(holding.quantity)))
+            self._closed_day_base[key] = holding.day_base
+        elif key in self._closed_day_base:
+            del self._closed_day_base[key]
         self.dirty[slot] = True
-
-    def _column(self, symbol: str) -> Column:
-        column = self._columns.get(symbol)
-        if column is None:
-            column = self._columns[symbol] = Column(symbol)
-        return column
-
-    def _move(self, slot: int, value_change: int, cost_change: int) -> None:
-        self.positions_value[slot] += value_change
-        self.cost[slot] += cost_change
-
-    def _append(self, column: Column, slot: int) -> int:
-        row = column.append(slot)
-        self._rows[slot][column.symbol] = row
-        self._closed_day_base.pop((slot, column.symbol), None)
-        self.quality_count[column.quality, slot] += 1
-        return row
-
-    def _remove(self, column: Column, row: int) -> None:
-        slot = int(column.holder[row])
-        self._move(slot, -int(column.value[row]), -int(column.cost[row]))
-        self.quality_count[column.quality, slot] -= 1
-        del self._rows[slot][column.symbol]
-        moved = column.remove(row)
-        if moved is not None:
-            self._rows[moved][column.symbol] = row
 
     def position_day_base(self, portfolio_id: str, symbol: str) -> int:
         """The day base of a position, open or closed since the cut; 0 when it was not held today."""
-        slot = self._slot_of[portfolio_id]
-        row = self._rows[slot].get(symbol)
-        if row is None:
+        slot, column = self._slot_of[portfolio_id], self._columns.get(symbol)
+        cell = None if column is None else self._holdings.find(slot, column.number)
+        if cell is None:
             return self._closed_day_base.get((slot, symbol), 0)
-        return int(self._columns[symbol].day_base[row])
+        shelf, at = cell
+        return shelf.day_base.item(at)
 
     def keep_closed_day_base(self, portfolio_id: str, symbol: str, day_base: int) -> None:
         """Remember the day base of a position that was closed since the cut (recovery)."""
@@ -278,100 +211,34 @@ class Book:
 
     def held(self, portfolio_id: str) -> list[HeldValue]:
         """The open positions' present values."""
+        slot = self._slot_of[portfolio_id]
+        shelf, cells = self._holdings.of(slot)
         return [
-            HeldValue(symbol, int(column.value[row]), int(column.day_base[row]), column.price is None)
-            for symbol, row in self._rows[self._slot_of[portfolio_id]].items()
-            for column in (self._columns[symbol],)
+            HeldValue(column.symbol, value, day_base, column.price is None)
+            for (column, value), day_base in zip(self._valued(slot), shelf.day_base[cells].tolist(), strict=True)
         ]
-
-    def holders(self, symbol: str) -> Int64s:
-        """The slots that hold a symbol, in no order."""
-        column = self._columns.get(symbol)
-        return np.zeros(0, np.int64) if column is None else column.holder[: column.count].astype(np.int64)
 
     def values(self, portfolio_id: str) -> list[tuple[str, int]]:
         """The open positions' present values: symbol and micro-units."""
-        columns = self._columns
-        return [(at, columns[at].value.item(row)) for at, row in self._rows[self._slot_of[portfolio_id]].items()]
+        return [(column.symbol, value) for column, value in self._valued(self._slot_of[portfolio_id])]
 
     def values_of(self, slots: Int64s) -> list[dict[str, int]]:
         """Of each slot the open positions' present values by symbol, in micro-units."""
-        return values_of(self._columns.values(), slots, len(self._id_of))
+        values: list[dict[str, int]] = [{} for _ in range(len(slots))]
+        symbols = [column.symbol for column in self._numbered]
+        for shelf, cells, places in self._holdings.cells(slots):
+            of_cells = zip(
+                places.tolist(), shelf.asset[cells].tolist(), self._values_at(shelf, cells).tolist(), strict=True
+            )
+            for place, number, value in of_cells:
+                values[place][symbols[number]] = value
+        return values
 
     def exposure(self, portfolio_id: str) -> tuple[int, int]:
         """Σ |value| and Σ |cost| of the open positions, in micro-units."""
-        rows = self._rows[self._slot_of[portfolio_id]].items()
-        held = [(self._columns[symbol], row) for symbol, row in rows]
-        values = sum(abs(int(column.value[row])) for column, row in held)
-        return values, sum(abs(int(column.cost[row])) for column, row in held)
-
-    def price(self, symbol: str) -> Decimal | None:
-        column = self._columns.get(symbol)
-        return column.price if column else None
-
-    def price_as_of_ns(self, symbol: str) -> int:
-        """The instant of the symbol's price; 0 without one."""
-        column = self._columns.get(symbol)
-        return column.ts_event_ns if column else 0
-
-    # -- prices ----------------------------------------------------------------------------------------------
-
-    def tick(self, symbol: str, price: Decimal, ts_event_ns: int, condition: Condition = "") -> int:
-        """Re-value the asset's holders at `price` (a checked number > 0); returns how many positions it touched.
-
-        The price is taken for fresh: its quality is what `condition` says, else LIVE, until `set_quality`.
-        """
-        column = self._columns.get(symbol)
-        if column is None:
-            column = self._columns[symbol] = Column(symbol)
-        count = column.count
-        if price != column.price and count:
-            self._revalue(column, price)
-        column.price, column.ts_event_ns, column.condition = price, ts_event_ns, condition
-        quality = _SAID[condition]
-        if column.quality is not quality:
-            self._change_quality(column, quality)
-        return count
-
-    def rescale(self, symbol: str, price: Decimal) -> None:
-        """A split: the same price, of the same instant, in new shares. The rows keep their values until
-        `set_position` brings each its new quantity, `revalue` the others; without a price there is nothing to do."""
-        column = self._columns.get(symbol)
-        if column is not None and column.price is not None:
-            column.price = price
-
-    def revalue(self, symbol: str) -> None:
-        """Value every row at the present price: after a split, also those whose quantity it left as it was."""
-        column = self._columns.get(symbol)
-        if column is not None and column.price is not None:
-            self._revalue(column, column.price)
-
-    def _revalue(self, column: Column, price: Decimal) -> None:
-        holder = column.holder[: column.count]
-        values = column.values_at(price)
-        # A portfolio holds an asset once, so no slot repeats within a column and += adds every change.
-        self.positions_value[holder] += values - column.value[: column.count]
-        column.value[: column.count] = values
-        self.dirty[holder] = True
-
-    def prices(self) -> Iterator[tuple[str, int, Condition, MarkQuality]]:
-        """(symbol, instant, condition, quality) of every price."""
-        for column in self._columns.values():
-            if column.price is not None:
-                yield column.symbol, column.ts_event_ns, column.condition, column.quality
-
-    def set_quality(self, symbol: str, quality: MarkQuality) -> None:
-        """What the symbol's price is worth now. MISSING is for symbols without one."""
-        column = self._columns[symbol]
-        if column.quality is not quality:
-            self._change_quality(column, quality)
-
-    def _change_quality(self, column: Column, quality: MarkQuality) -> None:
-        holder = column.holder[: column.count]
-        self.quality_count[column.quality][holder] -= 1
-        self.quality_count[quality][holder] += 1
-        column.quality = quality
-        self.dirty[holder] = True
+        slot = self._slot_of[portfolio_id]
+        shelf, cells = self._holdings.of(slot)
+        return sum(abs(value) for _, value in self._valued(slot)), sum(map(abs, shelf.cost[cells].tolist()))
 
     # -- the day cut -----------------------------------------------------------------------------------------
 
@@ -410,12 +277,8 @@ class Book:
 
     def cut(self, slots: Int64s, cut_at_ns: int) -> None:
         """Every day base of the portfolios becomes the present value; their day began at `cut_at_ns`."""
-        chosen = np.zeros(len(self.shard), np.bool_)
-        chosen[slots] = True
-        for column in self._columns.values():
-            count = column.count
-            mine = chosen[column.holder[:count]]
-            column.day_base[:count][mine] = column.value[:count][mine]
+        for shelf, cells, _ in self._holdings.cells(slots):
+            shelf.day_base[cells] = self._values_at(shelf, cells)
         gone = set(slots.tolist())
         self._closed_day_base = {key: base for key, base in self._closed_day_base.items() if key[0] not in gone}
         nav = self._nav(slots)
@@ -464,12 +327,7 @@ class Book:
 
     def revalued(self) -> Iterator[tuple[str, int]]:
         """(portfolio id, positions value) recomputed from quantities and prices alone: the delta path's oracle."""
-        totals = dict.fromkeys(self._slot_of.values(), 0)
-        for column in self._columns.values():
-            arrays = (array[: column.count].tolist() for array in (column.holder, column.quantity, column.cost))
-            for holder, quantity, cost in zip(*arrays, strict=True):
-                totals[holder] += carried_value(Decimal(repr(quantity)), cost, column.price)
-        return ((self._id_of[slot], total) for slot, total in totals.items())
+        return ((portfolio_id, self._revalued(slot)) for portfolio_id, slot in self._slot_of.items())
 
 
 _ACCOUNT_FIELDS = (
@@ -487,12 +345,10 @@ _SHOWN_FIELDS = (*_ACCOUNT_FIELDS, "positions_value", "day_cut_at_ns")
 # What a slot says that nobody has, where that is not 0.
 _FREE = {"shard": NO_SHARD, "group": NO_GROUP}
 _SLOT_FIELDS: tuple[tuple[str, type[np.generic]], ...] = (
-    *((name, np.int64) for name in _SHOWN_FIELDS),
-    ("cost", np.int64),
+    *((name, np.int64) for name in (*_ACCOUNT_FIELDS, "day_cut_at_ns")),
     ("day_base", np.int64),
     ("day_factor", np.float64),
     ("segment_base", np.int64),
     ("group", np.int32),
     ("shard", np.int32),
-    ("dirty", np.bool_),
 )

@@ -339,6 +339,7 @@ class Bookkeeping:
     def check(self) -> None:
         """Oracle, exact reference, ledger fold and Book say the same, to the micro-unit."""
         self.oracle.check()
+        self.book.check()
         revalued = dict(self.book.revalued())
         assert revalued.keys() == self.oracle.portfolios.keys() == self.folded.keys()
         assert len(self.book) == len(revalued)

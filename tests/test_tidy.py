@@ -22,7 +22,7 @@ FUNCTION_LINES_MAX = 70
 
 # Money is integers and Decimals here. A float that is needed (an error bound, a scale) is a named constant.
 MONEY = ("amounts", "as_of", "book", "booking", "explain", "ledger", "lots", "pnl", "portfolio", "positions", "posting")
-MONEY += ("sectors", "baselines", "book_columns")
+MONEY += ("sectors", "baselines", "book_accounts", "book_columns", "book_holdings", "book_positions", "book_window")
 MONEY_STORES = (
     "as_of_reads",
     "ledger_postgres",

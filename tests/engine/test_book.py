@@ -634,6 +634,8 @@ def test_many_portfolios_opened_at_once_are_as_if_opened_one_by_one() -> None:
             assert sorted(at_once.held(name), key=str) == sorted(one_by_one.held(name), key=str)
             assert at_once.exposure(name) == one_by_one.exposure(name)
         assert dict(at_once.revalued()) == dict(one_by_one.revalued())
+        at_once.check()
+        one_by_one.check()
         assert at_once.portfolio_ids(at_once.changed()) == one_by_one.portfolio_ids(one_by_one.changed())
         for book in (one_by_one, at_once):
             book.clear(book.changed())
