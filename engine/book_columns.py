@@ -155,6 +155,7 @@ class Column:
         if not self.count:
             self._keep_values()
             self._forget_quantities()
+            self._forget_values()
 
     def _reserve(self, count: int) -> None:
         if count > len(self.holder):
@@ -184,6 +185,7 @@ class Column:
 
     def widen(self, decimals: int, quantity_max: float) -> None:
         """Make units smaller, for quantities with so many decimals; where units grow too large, ragged."""
+        was_whole = self.value is None
         self._keep_values()
         decimals = max(decimals, self.decimals)
         tens = POWERS_OF_TEN[decimals - self.decimals]
@@ -194,6 +196,8 @@ class Column:
         else:
             self.units[: self.count] = self.quantities()
             self.is_ragged, self.decimals, self.whole_per_price = True, 0, NOT_WHOLE
+        if was_whole:
+            self._forget_values()
 
     def admit(self, units_max: float) -> None:
         """Units of this magnitude are about to come in."""
@@ -232,6 +236,12 @@ class Column:
         if self.value is None:
             self.value = resized(self.values(), len(self.holder))
             self.scale = NOT_WHOLE
+
+    def _forget_values(self) -> None:
+        """Where values are those of the price: they need not be kept if the column is whole."""
+        scale = NOT_WHOLE if self.price is None else self.scale_at(float(self.price))
+        if scale:
+            self.scale, self.value = scale, None
 
     def rescale(self, price: Decimal) -> None:
         """The same price in new shares; the values stay."""

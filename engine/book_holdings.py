@@ -83,8 +83,10 @@ class Shelf:
         if self._matrix is None or self._matrix.shape[1] != len(of_assets):
             cells, shape = self.count * self.width, (self.count, len(of_assets))
             ends = np.arange(0, cells + 1, self.width, dtype=np.int32)
-            # It shares the cells' memory, so that what fills do to them is in it.
-            self._matrix = csr_array((self.units[:cells], self.asset[:cells], ends), shape, copy=False)
+            units, assets = self.units[:cells], self.asset[:cells]
+            self._matrix = csr_array((units, assets, ends), shape)
+            # The constructor copies views of larger arrays; shared with the cells, it has what fills do to them.
+            self._matrix.data, self._matrix.indices = units, assets
         sums: Float64s = self._matrix @ of_assets
         return sums
 

@@ -19,7 +19,7 @@ from engine.amounts import decimals_of
 from engine.book_accounts import Holding
 from engine.book_columns import NOT_WHOLE, Column, Float64s, Int64s, Slots, resized
 from engine.book_holdings import UNUSED, Cell, Holdings, Int32s, Shelf, grouped
-from engine.book_window import PriceQuote, Way, by_product, scales_at
+from engine.book_window import PriceQuote, Way, moves, product_ns, slices_ns
 from engine.marks import MarkQuality
 from engine.messages import Condition
 from engine.positions import carried_value
@@ -202,25 +202,34 @@ class PricedPositions:
         column = self._column(symbol)
         if price != column.price:
             self._reprice(column, price, column.scale_at(float(price)))
-        self._stamp(column, price, ts_event_ns, condition)
+        column.price, column.ts_event_ns, column.condition = price, ts_event_ns, condition
+        if column.quality is not _SAID[condition]:
+            self._change_quality(column, _SAID[condition])
         return column.count
 
     def tick_all(self, quotes: Sequence[PriceQuote], way: Way | None = None) -> list[int]:
         """As `tick` for each of a window's quotes, by the cheaper way (engine.book_window) unless one is given."""
-        columns = [self._column(symbol) for symbol, _, _, _ in quotes]
-        if len(set(columns)) < len(columns):
+        columns = [self._columns.get(quote[0]) or self._column(quote[0]) for quote in quotes]
+        counts, limit_ns = [column.count for column in columns], product_ns(self._holdings)
+        is_small = way is None and slices_ns(counts) <= limit_ns
+        if is_small or way is Way.SLICES or len(set(columns)) < len(columns):
             return [self.tick(*quote) for quote in quotes]
-        scales = scales_at(columns, [price for _, price, _, _ in quotes])
-        chosen = by_product(columns, scales, self._holdings, way)
-        if chosen.any():
-            self._reprice_by_product([columns[at] for at in np.flatnonzero(chosen).tolist()], scales[chosen])
-        for at in np.flatnonzero(~chosen).tolist():
-            column, price = columns[at], quotes[at][1]
-            if price != column.price:
-                self._reprice(column, price, float(scales[at]))
+        before, after, able = moves(columns, [quote[1] for quote in quotes], self._holdings.width_max)
+        if way is Way.PRODUCT or slices_ns(np.array(counts)[able].tolist()) > limit_ns:
+            self._move_all([columns[at] for at in np.flatnonzero(able).tolist()], before[able], after[able])
+        else:
+            able[:] = False
+        for at in np.flatnonzero(~able).tolist():
+            self._move_to(columns[at], quotes[at][1], float(after[at]))
         for column, (_, price, ts_event_ns, condition) in zip(columns, quotes, strict=True):
-            self._stamp(column, price, ts_event_ns, condition)
-        return [column.count for column in columns]
+            column.price, column.ts_event_ns, column.condition = price, ts_event_ns, condition
+            if column.quality is not _SAID[condition]:
+                self._change_quality(column, _SAID[condition])
+        return counts
+
+    def _move_to(self, column: Column, price: Decimal, scale: float) -> None:
+        if price != column.price:
+            self._reprice(column, price, scale)
 
     def _reprice(self, column: Column, price: Decimal, scale: float) -> None:
         holder = column.holder[: column.count]
@@ -229,20 +238,15 @@ class PricedPositions:
         np.add.at(self.positions_value, holder, change)
         self.dirty[holder] = True
 
-    def _reprice_by_product(self, columns: Sequence[Column], scales: Float64s) -> None:
-        moves = np.zeros(len(self._numbered))
-        for column, scale in zip(columns, scales.tolist(), strict=True):
-            moves[column.number] = scale - column.scale
+    def _move_all(self, columns: Sequence[Column], before: Float64s, after: Float64s) -> None:
+        of_assets = np.zeros(len(self._numbered))
+        of_assets[[column.number for column in columns]] = after - before
+        for column, scale in zip(columns, after.tolist(), strict=True):
             column.scale = scale
-        for slots, sums in self._holdings.product(moves):
+        for slots, sums in self._holdings.product(of_assets):
             np.add.at(self.positions_value, slots, sums.astype(np.int64))
-            self.dirty[slots] |= sums != 0
-
-    def _stamp(self, column: Column, price: Decimal, ts_event_ns: int, condition: Condition) -> None:
-        column.price, column.ts_event_ns, column.condition = price, ts_event_ns, condition
-        quality = _SAID[condition]
-        if column.quality is not quality:
-            self._change_quality(column, quality)
+            moved = sums != 0
+            self.dirty[slots if moved.all() else slots[moved]] = True
 
     def rescale(self, symbol: str, price: Decimal) -> None:
         """A split: the same price, of the same instant, in new shares. The rows keep their values until

@@ -17,7 +17,7 @@ the last micro-unit, no figure of the mark is another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from enum import Enum, auto
 
@@ -44,26 +44,27 @@ class Way(Enum):
     PRODUCT = auto()
 
 
-def scales_at(columns: Sequence[Column], prices: Sequence[Decimal]) -> Float64s:
-    """Each column's `scale_at` its price."""
-    of = np.array([float(price) for price in prices])
+def slices_ns(counts: Collection[int]) -> int:
+    """What slices of so many holders each cost."""
+    return SLICE_NS * len(counts) + ROW_NS * sum(counts)
+
+
+def product_ns(holdings: Holdings) -> int:
+    return PRODUCT_NS + CELL_NS * holdings.cells_count + BLOCK_NS * holdings.blocks_count
+
+
+def moves(columns: Sequence[Column], prices: Sequence[Decimal], width_max: int) -> tuple[Float64s, Float64s, Bools]:
+    """The columns' scales, and their `scale_at` these prices; and which of them the product can bring from the ones to
+    the others in blocks of up to `width_max` cells."""
+    price = np.array(list(map(float, prices)))
     per_price = np.array([column.whole_per_price for column in columns])
     units_max = np.array([column.units_max for column in columns])
-    scales = np.rint(of * per_price)
-    possible = per_price > 0
-    whole = np.divide(scales, per_price, out=np.zeros(len(of)), where=possible) == of
-    return np.where(whole & possible & (scales <= UNITS_MAX) & (scales * units_max < WHOLE_MAX), scales, NOT_WHOLE)
-
-
-def by_product(columns: Sequence[Column], scales: Float64s, holdings: Holdings, way: Way | None) -> Bools:
-    """Which of the columns are to be brought to these scales by the product: all that can be, or none."""
     before = np.array([column.scale for column in columns])
-    units_max = np.array([column.units_max for column in columns])
-    able = (before != NOT_WHOLE) & (scales != NOT_WHOLE) & (scales != before)
-    able &= np.maximum(before, scales) * units_max * holdings.width_max <= SUM_MAX
-    if way is None:
-        counts = np.array([column.count for column in columns])[able]
-        slices_ns = SLICE_NS * len(counts) + ROW_NS * int(counts.sum())
-        product_ns = PRODUCT_NS + CELL_NS * holdings.cells_count + BLOCK_NS * holdings.blocks_count
-        way = Way.PRODUCT if product_ns < slices_ns else Way.SLICES
-    return able if way is Way.PRODUCT else np.zeros(len(columns), np.bool_)
+    after = np.rint(price * per_price)
+    largest = after * units_max
+    # A column that no price makes whole has 0 per price, and 0 is not what any price is.
+    whole = (after / np.maximum(per_price, 1) == price) & (after <= UNITS_MAX) & (largest < WHOLE_MAX)
+    after[~whole] = NOT_WHOLE
+    able = whole & (before != NOT_WHOLE) & (before != after)
+    able &= np.maximum(before * units_max, largest) <= SUM_MAX / max(1, width_max)
+    return before, after, able

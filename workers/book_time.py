@@ -245,27 +245,27 @@ class BookTime:
     def _apply(self, quotes: Sequence[Quote], at_ns: int) -> list[int]:
         """Bring quotes into the Book; returns the instants of those that moved anything."""
         telemetry.QUOTES_APPLIED.inc(len(quotes))
-        return [quote.ts_event_ns for quote in quotes if self._tick(quote, at_ns)]
+        book, taken = self._host.book, [(quote, price) for quote in quotes if (price := self._price(quote)) is not None]
+        touched = book.tick_all([(quote.symbol, price, quote.ts_event_ns, quote.condition) for quote, price in taken])
+        for quote, _ in taken:
+            if at_ns - quote.ts_event_ns > self._stale_after_ns:
+                book.set_quality(quote.symbol, self._quality(quote, at_ns))
+        return [quote.ts_event_ns for (quote, _), count in zip(taken, touched, strict=True) if count]
 
-    def _tick(self, quote: Quote, at_ns: int) -> int:
-        book = self._host.book
+    def _price(self, quote: Quote) -> Decimal | None:
+        """What the quote says in the Book's shares; None when it is not to be applied."""
         try:
             price = parse_number(quote.price, "price")
             if price <= 0:
                 raise AmountError("NOT_POSITIVE", "price is not positive")
-            adjusted = self._host.actions.adjusted(quote, book.price(quote.symbol) is None)
+            adjusted = self._host.actions.adjusted(quote, self._host.book.price(quote.symbol) is None)
             if adjusted is None:
-                return 0
-            if adjusted is not quote:
-                price = parse_number(adjusted.price, "price")
-            touched = book.tick(quote.symbol, price, quote.ts_event_ns, quote.condition)
+                return None
+            return price if adjusted is quote else parse_number(adjusted.price, "price")
         except AmountError as error:
             telemetry.QUOTES_REFUSED.inc()
             _log.warning("quote_refused", symbol=quote.symbol, price=quote.price, reason=str(error))
-            return 0
-        if at_ns - quote.ts_event_ns > self._stale_after_ns:
-            self._host.book.set_quality(quote.symbol, self._quality(quote, at_ns))
-        return touched
+            return None
 
     def _quality(self, quote: Quote, at_ns: int) -> MarkQuality:
         asset_class = self._host.sectors.class_of(quote.symbol)
