@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from api.auth import Authenticator
+from api.delivery import Deliveries
 from api.exports import Exports
 from api.graphiql import STATIC_DIRECTORY, STATIC_PATH, make_page
 from api.graphql import Gateway
@@ -31,9 +32,11 @@ from api.hub import Hub
 from api.live_feed import LiveFeed
 from api.metrics import Metrics
 from api.middleware import BodyLimit, RequestIds
+from api.projection import compile_projection
+from api.socket_protocol import HttpProtocol, SocketProtocol
 from engine.assets import AssetClass
 from engine.runtime.addresses import HostNames
-from engine.runtime.clock import Clock
+from engine.runtime.clock import Clock, WallClock
 from engine.runtime.connections import connect_postgres, connect_redis, make_producer, wait_until
 from engine.runtime.settings import Settings
 from engine.sessions import Markets
@@ -178,8 +181,16 @@ def make_application(settings: Settings, clock: Clock) -> Application:
             settings.stale_after_s,
         ),
     )
-    feed = LiveFeed(lambda: connect_redis(settings, "api-feed"), hot_state, hub, metrics, settings.feed_silence_max_ms)
-    gateway = Gateway(settings, services, Authenticator(settings), metrics, make_page())
+    feed = LiveFeed(
+        lambda: connect_redis(settings, "api-feed"),
+        hot_state,
+        hub,
+        metrics,
+        settings.feed_silence_max_ms,
+        in_wall_time=isinstance(clock, WallClock),
+    )
+    deliveries = Deliveries(hub, metrics, compile_projection, settings.heartbeat_interval_s, settings.send_timeout_s)
+    gateway = Gateway(settings, services, Authenticator(settings), metrics, make_page(), deliveries)
     metrics.watches.set_function(lambda: hub.watches_count)
     return Application(settings, metrics, redis, database, services, hub, feed, gateway)
 
@@ -232,8 +243,8 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
-        ws="websockets-sansio",
+        http=HttpProtocol,
+        ws=SocketProtocol,
         ws_max_size=settings.ws_message_bytes_max,
         ws_max_queue=WS_QUEUE_COUNT_MAX,
         ws_ping_interval=WS_PING_INTERVAL_S,

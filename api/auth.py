@@ -38,6 +38,7 @@ TOKEN_LENGTH_MAX = 8_192
 SUBJECT_LENGTH_MAX = 200
 _JWKS_ALGORITHMS = ["RS256", "PS256", "ES256", "EdDSA"]
 _JWKS_TIMEOUT_S = 5
+_EXPIRY_CHECK_INTERVAL_MAX_S = 3_600  # event loops refuse timers years ahead
 _JWKS_BYTES_MAX = 1024 * 1024
 _JWKS_REFRESH_INTERVAL_S = 30  # an unknown `kid` makes us ask the issuer, and no oftener than this
 
@@ -68,6 +69,13 @@ class Subject:
 def may_see(subject: Subject | None, portfolio_owner: str) -> bool:
     """Whether the caller may see a portfolio of this owner; nobody in particular sees nothing."""
     return subject is not None and subject.may_see(portfolio_owner)
+
+
+async def expired(subject: Subject | None) -> None:
+    """Returns when the subject's token has expired; never for nobody in particular."""
+    while subject is None or subject.expires_at_s > time.time():
+        left_s = _EXPIRY_CHECK_INTERVAL_MAX_S if subject is None else subject.expires_at_s - time.time()
+        await asyncio.sleep(min(max(left_s, 0), _EXPIRY_CHECK_INTERVAL_MAX_S))
 
 
 def issue_token(settings: Settings, subject: str, scope: str, ttl_s: int, now: datetime) -> str:

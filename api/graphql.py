@@ -5,7 +5,8 @@ GraphQL at all is 400 with a code in a GraphQL error, never a 500. An operation 
 validation, variables) is 400 without `data` for a client that accepts `application/graphql-response+json`, and 200
 for one that only knows `application/json`. A missing or refused token is 401 either way.
 
-WebSocket speaks graphql-transport-ws and nothing older. A browser's page may only come from this origin or from
+A client that prefers `text/event-stream` is answered in events (api/sse.py), which is how subscriptions are had over
+HTTP. WebSocket speaks graphql-transport-ws and nothing older. A browser's page may only come from this origin or from
 the allow-list, for HTTP as for WebSocket.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any, cast
 
 import orjson
@@ -24,15 +26,19 @@ from starlette.responses import HTMLResponse
 from strawberry.fastapi import GraphQLRouter
 from strawberry.http import GraphQLHTTPResponse
 from strawberry.http.websocket_origin import is_same_origin, normalize_origin
-from strawberry.subscriptions import GRAPHQL_TRANSPORT_WS_PROTOCOL
+from strawberry.subscriptions import GRAPHQL_SSE_PROTOCOL, GRAPHQL_TRANSPORT_WS_PROTOCOL
 from strawberry.types import ExecutionResult
 
+from api.accept import media_ranges
 from api.auth import Authenticator, TokenRefusedError
 from api.connection import Connection, new_request_id
+from api.delivery import Deliveries
 from api.graphiql import GraphiqlPage
 from api.metrics import Metrics
 from api.operations import make_extension, published
-from api.sockets import SocketAdapter, SocketHandler, SocketRegistry
+from api.socket_registry import SocketRegistry
+from api.sockets import SocketAdapter, SocketHandler
+from api.sse import EventStream, EventTransport, prefers_events
 from engine.runtime.settings import Settings
 from resolvers.context import Services
 from resolvers.schema import make_schema
@@ -63,6 +69,7 @@ class Answer(Response):
 class Gateway(GraphQLRouter[Connection, None]):
     websocket_adapter_class = SocketAdapter  # type: ignore[assignment]
     graphql_transport_ws_handler_class = SocketHandler
+    stream_transport_classes_by_protocol = MappingProxyType({GRAPHQL_SSE_PROTOCOL: EventTransport})
 
     def __init__(
         self,
@@ -71,10 +78,12 @@ class Gateway(GraphQLRouter[Connection, None]):
         authenticator: Authenticator,
         metrics: Metrics,
         page: GraphiqlPage,
+        deliveries: Deliveries,
     ) -> None:
         self.settings = settings
         self.authenticator = authenticator
         self.metrics = metrics
+        self.deliveries = deliveries
         self.sockets = SocketRegistry(settings.sockets_per_subject_max, metrics)
         self._page = page
 
@@ -85,7 +94,7 @@ class Gateway(GraphQLRouter[Connection, None]):
             make_schema([make_extension(settings, metrics)]),
             path=GRAPHQL_PATH,
             context_getter=connect,
-            subscription_protocols=(GRAPHQL_TRANSPORT_WS_PROTOCOL,),
+            subscription_protocols=(GRAPHQL_TRANSPORT_WS_PROTOCOL, GRAPHQL_SSE_PROTOCOL),
             connection_init_wait_timeout=timedelta(seconds=settings.connection_init_timeout_s),
             max_subscriptions_per_connection=settings.operations_per_socket_max,
             allowed_origins=settings.allowed_origins,
@@ -100,6 +109,8 @@ class Gateway(GraphQLRouter[Connection, None]):
             self._check_origin(request)
             if not self.should_render_graphql_ide(request):
                 context.subject = await self.authenticator.authenticate(request.headers.get("authorization"))
+                request.state.subject = context.subject
+            context.in_events = prefers_events(request.headers.get("accept", ""))
             return await super().run(request, context=context, root_value=root_value)
         except TokenRefusedError as error:
             return self._refuse(request, 401, "UNAUTHENTICATED", str(error))
@@ -154,6 +165,16 @@ class Gateway(GraphQLRouter[Connection, None]):
             status = 400
         return Response(orjson.dumps(response_data), status, media_type=answer.media)
 
+    # Strawberry's own name; its public counterpart is handed a generator that wakes two tasks for each message.
+    async def _create_streaming_response(
+        self, request: Request, result: Any, protocol: Any, sub_response: Response
+    ) -> Response:
+        async def encode(one: ExecutionResult) -> Mapping[str, Any]:
+            return cast(Mapping[str, Any], await self.process_result(request, one))
+
+        subject = request.state.subject
+        return EventStream(result, encode, subject, self.settings, self.deliveries, self.sockets, self.metrics)
+
     async def render_graphql_ide(self, request: Request) -> HTMLResponse:
         return HTMLResponse(self._page.html, headers=dict(self._page.headers))
 
@@ -180,22 +201,10 @@ class Gateway(GraphQLRouter[Connection, None]):
 def accepts_graphql_json(accept: str) -> bool:
     """Whether the client takes application/graphql-response+json at least as gladly as application/json."""
     qualities = {_GRAPHQL_JSON: 0.0, _JSON: 0.0}
-    for part in accept.split(","):
-        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    for media, quality in media_ranges(accept):
         if media in qualities:
-            qualities[media] = max(qualities[media], _quality(parameters))
+            qualities[media] = max(qualities[media], quality)
     return 0 < qualities[_GRAPHQL_JSON] >= qualities[_JSON]
-
-
-def _quality(parameters: list[str]) -> float:
-    for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip() == "q":
-            try:
-                return float(value)
-            except ValueError:
-                return 0.0
-    return 1.0
 
 
 def _check_request(body: Mapping[str, Any]) -> None:

@@ -7,6 +7,9 @@ order. Quotes are taken in the order of their frames, whatever instant their sou
 share a clock, and the quotes worker has judged their order already. `prices` is written before the frame is
 published, so a read beats all frames that came before it was begun, and a frame that comes meanwhile beats the read.
 
+Marks go to whoever watches their portfolio, as raw rows: to the slot of a stream that graphql-core executes, which
+makes a Mark of one when it is taken, and to the groups of api/delivery.py.
+
 A watch is registered before its first value is read: it is put on the list of what to read (`unread`) when its
 channel is live already, or else when the channel becomes live, so that nothing falls between reading and
 listening. `api/live_feed.py` does the listening and the reading.
@@ -21,46 +24,82 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-from engine.marks import MARK, Mark, decode_mark
+from engine.marks import MARK, QUALITIES_COUNT, QUALITY_AT, SEQUENCE_AT, Mark, Row, mark_of, row_of, unpack_row
 from engine.messages import Quote
 from engine.stores.hot_state_reads import Place
 
 _MARK_BYTES = MARK.itemsize
+_MS_NS = 1_000_000
+
+
+class Heard:
+    """A frame that was heard: when, and how old what it says is. Nanoseconds of wall time; 0 where there is none.
+
+    `event_ns` is the instant of the oldest quote behind the frame's marks, where that is wall time: a recorded market's
+    is not. `written_count` is for who counts what of the frame was written since it last looked.
+    """
+
+    __slots__ = ("event_ns", "heard_ns", "written_count")
+
+    def __init__(self, heard_ns: int, event_ns: int) -> None:
+        self.heard_ns = heard_ns
+        self.event_ns = event_ns
+        self.written_count = 0
+
+    def latency_ms(self, now_ns: int) -> float | None:
+        """How long ago its oldest quote was; None when no quote moved its marks."""
+        return round((now_ns - self.event_ns) / _MS_NS, 3) if self.event_ns else None
+
+
+class MarkReceiver(Protocol):
+    """Who watches a portfolio's marks."""
+
+    def put(self, row: Row, epoch: int, current: bool, heard: Heard | None) -> None:
+        """Take a mark; `heard` is None for one that was read."""
+
+    def lose(self) -> None:
+        """What was put last may not hold any more."""
 
 
 class MarkSlot:
-    __slots__ = ("_count", "_mark", "_order", "_signal", "current")
+    __slots__ = ("_count", "_heard", "_order", "_row", "_signal", "_taken", "current")
 
     def __init__(self, signal: asyncio.Event) -> None:
         self._signal = signal
         self.current = False
-        self._mark: Mark | None = None
+        self._row: Row | None = None
         self._count = 0
         self._order = (-1, -1)
+        self._heard: Heard | None = None
+        self._taken: Heard | None = None
 
-    def put(self, mark: Mark, current: bool = True) -> None:
-        order = (mark.epoch, mark.sequence)
+    def put(self, row: Row, epoch: int, current: bool, heard: Heard | None) -> None:
+        order = (epoch, row[SEQUENCE_AT])
         if order < self._order:
             return
         if order > self._order:
-            self._order, self._mark = order, mark
+            self._order, self._row, self._heard = order, row, heard
             self._count += 1
             self._signal.set()
         elif current and not self.current:
-            self._mark = mark
+            self._row, self._heard = row, heard
             self._signal.set()
         self.current = self.current or current
 
+    def lose(self) -> None:
+        self.current = False
+
     def take(self) -> tuple[Mark, int] | None:
-        if self._mark is None:
+        if self._row is None:
             return None
-        taken = (self._mark, self._count)
-        self._mark, self._count = None, 0
+        taken = (mark_of(self._row, self._order[0]), self._count)
+        self._row, self._count, self._taken = None, 0, self._heard
         return taken
 
     def latency_ms(self, now_ns: int) -> float | None:
-        return None
+        return None if self._taken is None else self._taken.latency_ms(now_ns)
 
 
 class QuoteSlot:
@@ -133,7 +172,7 @@ class Hub:
     """Watches by place and by symbol, and what of it is to be read. `unread_signal` is set when there is some."""
 
     def __init__(self) -> None:
-        self._marks: dict[int, dict[bytes, list[MarkSlot]]] = {}
+        self._marks: dict[int, dict[bytes, list[MarkReceiver]]] = {}
         self._quotes: dict[str, list[QuoteSlot]] = {}
         self._badges: dict[str, list[asyncio.Event]] = {}
         self._live_shards: set[int] = set()
@@ -149,18 +188,32 @@ class Hub:
 
     @contextmanager
     def watch_portfolio(self, shard: int, portfolio_id: str, signal: asyncio.Event) -> Iterator[MarkSlot]:
-        slot, key = MarkSlot(signal), portfolio_id.encode()
-        self._marks.setdefault(shard, {}).setdefault(key, []).append(slot)
-        self._count(1)
-        if shard in self._live_shards:
-            self._unread({(shard, portfolio_id)}, ())
+        slot = MarkSlot(signal)
+        self.add_receiver((shard, portfolio_id), slot)
+        self.begin_watch((shard, portfolio_id))
         try:
             yield slot
         finally:
-            _remove(self._marks[shard], key, slot)
-            if not self._marks[shard]:
-                del self._marks[shard]
-            self._count(-1)
+            self.drop_receiver((shard, portfolio_id), slot)
+            self.end_watch()
+
+    def add_receiver(self, place: Place, receiver: MarkReceiver) -> None:
+        self._marks.setdefault(place[0], {}).setdefault(place[1].encode(), []).append(receiver)
+
+    def drop_receiver(self, place: Place, receiver: MarkReceiver) -> None:
+        watched = self._marks[place[0]]
+        _remove(watched, place[1].encode(), receiver)
+        if not watched:
+            del self._marks[place[0]]
+
+    def begin_watch(self, place: Place) -> None:
+        """One more watches by a receiver of this place, and is to be told its newest mark."""
+        self._count(1)
+        if place[0] in self._live_shards:
+            self._unread({place}, ())
+
+    def end_watch(self) -> None:
+        self._count(-1)
 
     @contextmanager
     def watch_badges(self, portfolio_id: str, signal: asyncio.Event) -> Iterator[None]:
@@ -200,6 +253,10 @@ class Hub:
     def shards(self) -> set[int]:
         """The shards that somebody watches."""
         return set(self._marks)
+
+    def watched(self, shard: int) -> Collection[bytes]:
+        """The portfolios of a shard that somebody watches; a view. `watch_signal` is set whenever it may change."""
+        return self._marks.get(shard, {}).keys()
 
     def watches_quotes(self) -> bool:
         return bool(self._quotes)
@@ -268,23 +325,30 @@ class Hub:
             (symbol for symbol in symbols if symbol in self._quotes),
         )
 
-    def deliver_rows(self, shard: int, epoch: int, ids: list[bytes], packed: memoryview) -> None:
-        """Give the watched ones of a frame's rows to their slots."""
+    def deliver_rows(
+        self, shard: int, epoch: int, ids: list[bytes], packed: memoryview, heard: Heard | None = None
+    ) -> None:
+        """Give the watched ones of a frame's rows to those who watch them. Raises ValueError for what is no mark."""
         watched = self._marks.get(shard)
         if not watched:
             return
-        for row, key in enumerate(ids):
-            slots = watched.get(key)
-            if slots:
-                mark = decode_mark(packed[row * _MARK_BYTES : (row + 1) * _MARK_BYTES], epoch)
-                for slot in slots:
-                    slot.put(mark)
+        offset = 0
+        for key in ids:
+            receivers = watched.get(key)
+            if receivers is not None:
+                row = unpack_row(packed, offset)
+                if not 0 <= row[QUALITY_AT] < QUALITIES_COUNT:
+                    raise ValueError("a mark's quality is none")
+                for receiver in receivers:
+                    receiver.put(row, epoch, True, heard)
+            offset += _MARK_BYTES
 
     def deliver_mark(self, place: Place, mark: Mark) -> None:
-        """Give a mark that was read to its slots; of a shard that is not heard, it is the last one known."""
+        """Give a mark that was read to those who watch it; of a shard not heard, it is the last one known."""
         current = place[0] in self._live_shards and place[0] not in self._silent_shards
-        for slot in self._marks.get(place[0], {}).get(place[1].encode(), ()):
-            slot.put(mark, current)
+        row = row_of(mark)
+        for receiver in self._marks.get(place[0], {}).get(place[1].encode(), ()):
+            receiver.put(row, mark.epoch, current, None)
 
     def deliver_quotes(self, quotes: Iterable[Quote]) -> None:
         for quote in quotes:
@@ -299,9 +363,9 @@ class Hub:
             slot.fill(quotes, self._reading, current)
 
     def _lose_shard(self, shard: int) -> None:
-        for slots in self._marks.get(shard, {}).values():
-            for slot in slots:
-                slot.current = False
+        for receivers in self._marks.get(shard, {}).values():
+            for receiver in receivers:
+                receiver.lose()
 
     def _lose_quotes(self) -> None:
         for slots in self._quotes.values():

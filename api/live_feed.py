@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,7 +34,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from api.hub import Hub
+from api.hub import Heard, Hub
 from api.metrics import Metrics
 from engine.marks import decode_frame
 from engine.messages import quote_frame_decoder
@@ -75,12 +76,14 @@ class LiveFeed:
         hub: Hub,
         metrics: Metrics,
         silence_max_ms: int,
+        in_wall_time: bool,
     ) -> None:
         self._connect = connect
         self._hot_state = hot_state
         self._hub = hub
         self._metrics = metrics
         self._silence_max_s = silence_max_ms / 1_000
+        self._in_wall_time = in_wall_time
         self._shards: dict[int, _ShardFrames] = {}
         self._publishers: OrderedDict[str, int] = OrderedDict()
         self._quotes_seen_at_s = 0.0
@@ -236,8 +239,10 @@ class LiveFeed:
             elif seen.epoch >= 0 and header.previous_sequence > seen.sequence:
                 self._gap("sequence", header.shard)
             seen.epoch, seen.sequence = header.epoch, header.sequence
+            heard = Heard(time.time_ns(), header.oldest_event_ns if self._in_wall_time else 0)
+            self._metrics.observe_heard(heard.heard_ns, header.sent_at_ns)
             for ids, packed in groups:
-                self._hub.deliver_rows(header.shard, header.epoch, ids, packed)
+                self._hub.deliver_rows(header.shard, header.epoch, ids, packed, heard)
         except (ValueError, struct.error):
             self._metrics.frames_dropped.labels("marks").inc()
 

@@ -149,7 +149,7 @@ class OperationExtension(SchemaExtension):
         ):
             return _error(ErrorCode.UNAUTHENTICATED, "a token is needed")
         if operation.operation is OperationType.SUBSCRIPTION and not execution.context.streaming:
-            return _error("NEEDS_WEBSOCKET", "subscriptions are served over graphql-transport-ws")
+            return _error("NEEDS_WEBSOCKET", "subscriptions are served over graphql-transport-ws and graphql-sse")
         schema = execution.schema._schema
         return check_objects(schema, document, operation, execution.variables or {}, self._settings)
 

@@ -3,16 +3,16 @@
 shape       every message is checked before it is looked into; anything odd closes with 4400, not a traceback
 identity    checked at connection_init; a refused or missing token closes with 4403, as does expiry later on
 caps        sockets per subject (4429), operations per socket (an error of the operation)
-slow reader a message that can not be sent within `send_timeout_s` ends the socket; TCP_USER_TIMEOUT on the
+slow reader a message that can not be sent within `send_timeout_s` ends the socket with 1013; TCP_USER_TIMEOUT on the
             listening socket frees what the kernel still holds of it
 gone        all operations of a socket that has ended are cancelled, and with them their watches
+compiled    a subscription whose selection can be compiled is sent past Strawberry (api/delivery.py), where the server
+            lets the gateway write to its sockets (api/socket_protocol.py)
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from typing import Any, cast
@@ -26,45 +26,21 @@ from strawberry.subscriptions.protocols.graphql_transport_ws.handlers import Bas
 from strawberry.types import ExecutionResult
 
 from api import close_codes
-from api.auth import Authenticator, Subject, TokenRefusedError
+from api.auth import Authenticator, Subject, TokenRefusedError, expired
 from api.close_codes import CloseCode
-from api.connection import Connection
+from api.connection import Connection, live_delivery
+from api.delivery import Deliveries, LiveOperation
 from api.metrics import Metrics
 from api.operations import published
+from api.outlets import Outlet, SocketOutlet, next_prefix
+from api.socket_protocol import DIRECT_WRITES, DirectSocket
+from api.socket_registry import SocketRegistry
 from engine.runtime.settings import Settings
 
 OPERATION_ID_LENGTH_MAX = 128
 CLOSE_REASON_BYTES_MAX = 120  # a close frame holds 123
-_EXPIRY_CHECK_INTERVAL_MAX_S = 3_600  # event loops refuse timers years ahead
 
 _log = structlog.get_logger(__name__)
-
-
-class SocketRegistry:
-    """How many sockets each subject has open."""
-
-    def __init__(self, per_subject_max: int, metrics: Metrics) -> None:
-        self._per_subject_max = per_subject_max
-        self._metrics = metrics
-        self._counts: Counter[str] = Counter()
-
-    def enter(self, subject: str) -> bool:
-        """Count a socket; False, and not counted, when the subject has too many."""
-        if self._counts[subject] >= self._per_subject_max:
-            return False
-        self._counts[subject] += 1
-        self._metrics.sockets.inc()
-        return True
-
-    def leave(self, subject: str) -> None:
-        self._counts[subject] -= 1
-        self._metrics.sockets.dec()
-        if not self._counts[subject]:
-            del self._counts[subject]
-
-    @property
-    def count(self) -> int:
-        return self._counts.total()
 
 
 class SocketAdapter(AsyncWebSocketAdapter):
@@ -76,6 +52,8 @@ class SocketAdapter(AsyncWebSocketAdapter):
         self._send_timeout_s: float = view.settings.send_timeout_s
         self._metrics: Metrics = view.metrics
         self._stuck = asyncio.Event()
+        direct = request.scope.get("extensions", {}).get(DIRECT_WRITES)
+        self.direct: DirectSocket | None = None if direct is None else direct["socket"]
 
     async def iter_json(self, *, ignore_parsing_errors: bool = False) -> AsyncGenerator[object, None]:
         while self._socket.application_state is not WebSocketState.DISCONNECTED:
@@ -99,12 +77,19 @@ class SocketAdapter(AsyncWebSocketAdapter):
             async with asyncio.timeout(self._send_timeout_s):
                 await self._socket.send_text(text)
         except TimeoutError:
-            self._metrics.closes.labels(close_codes.TRY_LATER.name).inc()
-            self._stuck.set()
+            self.give_up()
             raise WebSocketDisconnected from None
         except (WebSocketDisconnect, RuntimeError):
             # Starlette's RuntimeError: the socket was closed by another operation's task meanwhile.
             raise WebSocketDisconnected from None
+
+    def give_up(self) -> None:
+        """The client does not read: the socket ends here, and whoever waits for it."""
+        if not self._stuck.is_set():
+            self._metrics.closes.labels(close_codes.TRY_LATER.name).inc()
+            self._stuck.set()
+            if self.direct is not None:
+                self.direct.give_up(close_codes.TRY_LATER.code, "messages are not read")
 
     async def close(self, code: int, reason: str) -> None:
         text = reason.encode()[:CLOSE_REASON_BYTES_MAX].decode(errors="ignore")
@@ -135,8 +120,14 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
         self._authenticator: Authenticator = self.view.authenticator  # type: ignore[attr-defined]
         self._registry: SocketRegistry = self.view.sockets  # type: ignore[attr-defined]
         self._settings: Settings = self.view.settings  # type: ignore[attr-defined]
+        self._deliveries: Deliveries = self.view.deliveries  # type: ignore[attr-defined]
         self._expiry: asyncio.Task[None] | None = None
         self._entered: str | None = None
+        self._live: dict[str, LiveOperation] = {}
+        adapter = cast(SocketAdapter, self.websocket)
+        self._outlet: Outlet | None = None
+        if adapter.direct is not None:
+            self._outlet = SocketOutlet(self._deliveries, adapter.direct, adapter.give_up)
 
     async def shutdown(self) -> None:
         try:
@@ -144,6 +135,8 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
                 self._expiry.cancel()
             await super().shutdown()
         finally:
+            if self._outlet is not None:
+                self._outlet.close()
             if self._entered is not None:
                 self._registry.leave(self._entered)
 
@@ -187,6 +180,24 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
             return
         await super().handle_subscribe(message)
 
+    async def run_operation(self, operation: Any) -> None:
+        if self._outlet is None:
+            await super().run_operation(operation)
+            return
+        live = self._live[operation.id] = LiveOperation(self._deliveries, self._outlet, next_prefix(operation.id))
+        live_delivery.set(live)
+        try:
+            await super().run_operation(operation)
+        finally:
+            if self._live.get(operation.id) is live:
+                del self._live[operation.id]
+
+    async def cleanup_operation(self, operation_id: str) -> None:
+        live = self._live.pop(operation_id, None)
+        if live is not None:
+            live.end()
+        await super().cleanup_operation(operation_id)
+
     async def handle_task_exception(self, error: Exception) -> None:
         # A client that left while something was sent to it is no fault.
         if not isinstance(error, WebSocketDisconnected):
@@ -217,10 +228,7 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
         return None if request is None else request.headers.get("authorization")
 
     async def _expire(self, subject: Subject) -> None:
-        left_s = subject.expires_at_s - time.time()
-        while left_s > 0:
-            await asyncio.sleep(min(left_s, _EXPIRY_CHECK_INTERVAL_MAX_S))
-            left_s = subject.expires_at_s - time.time()
+        await expired(subject)
         for operation_id in list(self.operations):
             await self.cleanup_operation(operation_id)
         await self._close(close_codes.FORBIDDEN, "the token has expired")
