@@ -18,7 +18,7 @@ most 2⁵³, and float64 adds such numbers without an error, in whatever order.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class Shelf:
         self.day_base: Int64s = np.zeros(0, np.int64)
         self._matrix: Any = None
 
-    def add(self, slots: Slots) -> int:
+    def add(self, slots: Slots | Sequence[int]) -> int:
         """New blocks, empty; returns the first."""
         first, self.count = self.count, self.count + len(slots)
         if self.count > len(self.slot):
@@ -65,18 +65,35 @@ class Shelf:
         self._matrix = None
         return first
 
-    def remove(self, blocks: Slots) -> tuple[Slots, Slots]:
-        """Give blocks up, others take their places. Returns where to, and the slots whose blocks moved there."""
+    def remove(self, block: int) -> int | None:
+        """Give a block up; the last one takes its place. Returns the slot whose block moved, if one did."""
+        last, width = self.count - 1, self.width
+        self.count, self._matrix = last, None
+        moved = None
+        if block != last:
+            self.slot[block] = moved = self.slot.item(last)
+            for name in _CELL_FIELDS:
+                array = getattr(self, name)
+                array[block * width : (block + 1) * width] = array[last * width : (last + 1) * width]
+        self._clear(last, last + 1)
+        return moved
+
+    def remove_many(self, blocks: Slots) -> tuple[Slots, Slots]:
+        """Give blocks up (ascending), others take their places. Returns where to, and the slots whose blocks moved."""
         holes, movers = holes_and_movers(self.count, blocks)
         self.slot[holes] = self.slot[movers]
         for name in _CELL_FIELDS:
             of_blocks = getattr(self, name).reshape(-1, self.width)
             of_blocks[holes] = of_blocks[movers]
-        left = self.count - len(blocks)
-        for name in ("asset", "units"):
-            getattr(self, name)[left * self.width : self.count * self.width] = 0
+        left, count = self.count - len(blocks), self.count
         self.count, self._matrix = left, None
+        self._clear(left, count)
         return holes, self.slot[holes]
+
+    def _clear(self, first: int, end: int) -> None:
+        cells = slice(first * self.width, end * self.width)
+        self.asset[cells] = 0
+        self.units[cells] = 0
 
     def product(self, of_assets: Float64s, csr_array: Any) -> Float64s:
         """Σ units × the asset's number, of each block."""
@@ -135,11 +152,10 @@ class Holdings:
         return shelf, slice(start, start + self.count.item(slot))
 
     def find(self, slot: int, asset: int) -> Cell | None:
-        shelf, cells = self.of(slot)
-        try:
-            return shelf, cells.start + shelf.asset[cells].tolist().index(asset)
-        except ValueError:
-            return None
+        shelf = self.shelves[self._shelf.item(slot)]
+        start = self._block.item(slot) * shelf.width
+        assets = shelf.asset[start : start + self.count.item(slot)].tolist()
+        return (shelf, start + assets.index(asset)) if asset in assets else None
 
     def append(self, slot: int, asset: int, row: int) -> Cell:
         """A new cell, without units, cost and day base."""
@@ -158,33 +174,36 @@ class Holdings:
         """Give a cell up; the slot's last one takes its place."""
         shelf, cells = self.of(slot)
         last = cells.stop - 1
-        for name in _CELL_FIELDS:
-            array = getattr(shelf, name)
-            array[at] = array[last]
+        if at != last:
+            for name in _CELL_FIELDS:
+                array = getattr(shelf, name)
+                array[at] = array.item(last)
         shelf.asset[last], shelf.row[last], shelf.units[last] = 0, UNUSED, 0
         self.count[slot] = left = last - cells.start
         number = self._shelf.item(slot)
         if not left:
-            self._leave(np.array([slot], np.intp), number)
+            self._leave(slot, number)
         elif number >= SHRINK_STEPS and left <= WIDTHS[number - SHRINK_STEPS]:
             self._move(slot, bisect_left(WIDTHS, left))
 
     def _settle(self, slot: int, number: int) -> None:
-        self._shelf[slot], self._block[slot] = number, self.shelves[number].add(np.array([slot], np.intp))
+        self._shelf[slot], self._block[slot] = number, self.shelves[number].add((slot,))
 
     def _move(self, slot: int, number: int) -> None:
         """To a block on another shelf."""
         (shelf, cells), left = self.of(slot), self._shelf.item(slot)
         kept = [getattr(shelf, name)[cells].copy() for name in _CELL_FIELDS]
-        self._leave(np.array([slot], np.intp), left)
+        self._leave(slot, left)
         self._settle(slot, number)
         shelf, cells = self.of(slot)
         for name, array in zip(_CELL_FIELDS, kept, strict=True):
             getattr(shelf, name)[cells] = array
 
-    def _leave(self, slots: Slots, number: int) -> None:
-        holes, moved = self.shelves[number].remove(np.sort(self._block[slots]).astype(np.intp))
-        self._block[moved] = holes
+    def _leave(self, slot: int, number: int) -> None:
+        block = self._block.item(slot)
+        moved = self.shelves[number].remove(block)
+        if moved is not None:
+            self._block[moved] = block
 
     # -- many portfolios ---------------------------------------------------------------------------------------
 
@@ -202,7 +221,9 @@ class Holdings:
         """Forget all that these slots hold."""
         held = slots[self.count[slots] > 0]
         for number in np.unique(self._shelf[held]).tolist():
-            self._leave(held[self._shelf[held] == number], number)
+            blocks = np.sort(self._block[held[self._shelf[held] == number]]).astype(np.intp)
+            moved_to, moved = self.shelves[number].remove_many(blocks)
+            self._block[moved] = moved_to
         self.count[slots] = 0
 
     def add(self, slots: Slots, holder: Slots, **cells: NDArray[Any]) -> None:

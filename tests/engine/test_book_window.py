@@ -168,7 +168,7 @@ class Windows(RuleBasedStateMachine):
 
 
 TestWindows = Windows.TestCase
-TestWindows.settings = settings(max_examples=40, stateful_step_count=25)
+TestWindows.settings = settings(max_examples=120, stateful_step_count=25)
 
 
 # -- where the product is exact ------------------------------------------------------------------------------
