@@ -15,6 +15,7 @@ from benchmarks import (
     hot_write,
     ledger,
     million,
+    pipeline,
     recovery,
     seed_system,
 )
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "ledger": ledger.run,
     "million": million.run,
     "recovery": recovery.run,
+    "pipeline": pipeline.run,
     "seed_system": seed_system.run,
 }
 

@@ -20,7 +20,7 @@ from engine.entries import draft_event
 from engine.messages import CashEvent, FillEvent, OpenEvent
 from engine.pnl import DayBase
 from engine.portfolio import Portfolio, Present
-from engine.stores.ledger_rows import entry_row, position_row
+from engine.stores.ledger_rows import write_entries, write_positions
 
 PORTFOLIOS_COUNT = 20_000
 POSITIONS_COUNT = 15
@@ -29,6 +29,7 @@ ZIPF_EXPONENT = 0.8
 SEED = 20_261_122
 PORTFOLIOS_AT_ONCE = 50_000  # 200 MB of races
 OPENED_AT = datetime(2026, 11, 1, tzinfo=UTC)
+ENTRIES_PER_STATEMENT = 10_000
 DEPOSIT = "10000000"
 ASSET_COLUMNS = ["symbol", "name", "asset_class", "sector", "industry"]
 
@@ -122,28 +123,28 @@ def _booked(load: Load, number: int) -> tuple[Portfolio, list[dict[str, object]]
     for event in events:
         price = parse_number(event.price, "price") if isinstance(event, FillEvent) else None
         booking = portfolio.book(draft_event(event, OPENED_AT), Present(portfolio.cash, price, price))
-        entries.append(entry_row(booking.entry))
+        entries.append(booking.entry)
     return portfolio, entries
 
 
 async def fill_database(postgres_url: str, load: Load, shard_of: dict[str, int]) -> None:
     """COPY the load into a migrated database whose shards exist."""
-    accounts, positions, entries = [], [], []
+    accounts, portfolios, entries = [], {}, []
     for number in range(len(load.held)):
-        portfolio, rows = _booked(load, number)
+        portfolio, booked = _booked(load, number)
         name = portfolio.portfolio_id
         sums = portfolio.cash, 0, 0, 0, portfolio.flows, 0, portfolio.trading, 0
         money = [Decimal(value).scaleb(-6) for value in sums]
         account = (name, shard_of[name], f"owner-{number % 5_000}", name, "USD", "00:00 UTC", OPENED_AT, *money)
-        accounts.append((*account, len(rows), portfolio.ledger_hash, portfolio.fills, portfolio.streak))
-        positions += [(name, symbol, *position_row(held).values()) for symbol, held in portfolio.positions.items()]
-        entries += [tuple(row.values()) for row in rows]
-        columns = list(rows[0])
+        accounts.append((*account, len(booked), portfolio.ledger_hash, portfolio.fills, portfolio.streak))
+        portfolios[name] = portfolio
+        entries += booked
     connection = await asyncpg.connect(postgres_url)
     assets = [(load.symbol(n), load.symbol(n), "EQUITY", f"Sector {n % 11}", "") for n in range(ASSETS_COUNT)]
     await connection.copy_records_to_table("asset", records=assets, columns=ASSET_COLUMNS)
     await connection.copy_records_to_table("portfolio", records=accounts)
-    await connection.copy_records_to_table("position", records=positions)
-    await connection.copy_records_to_table("ledger_entry", records=entries, columns=columns)
+    await write_positions(connection, portfolios, {name: held.positions for name, held in portfolios.items()})
+    for first in range(0, len(entries), ENTRIES_PER_STATEMENT):
+        await write_entries(connection, entries[first : first + ENTRIES_PER_STATEMENT])
     await connection.execute("ANALYZE")
     await connection.close()

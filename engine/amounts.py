@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from decimal import ROUND_HALF_EVEN, Context, Decimal, DivisionByZero, InvalidOperation, Overflow
 from fractions import Fraction
+from functools import lru_cache
 
 MICRO = 1_000_000
 MICRO_DIGITS = 6
@@ -34,6 +35,9 @@ EXPONENT_MAX = 64  # beyond it Decimal's own arithmetic overflows, or rounds to 
 EXACT = Context(prec=76, rounding=ROUND_HALF_EVEN, traps=[InvalidOperation, DivisionByZero, Overflow])
 _MICRO_QUANTUM = Decimal(1).scaleb(-MICRO_DIGITS)
 _ZERO = Decimal(0)
+_MICRO_DECIMAL = Decimal(MICRO)
+# An event is read when it is checked and again when it is booked: the numbers of a few batches of them.
+_PARSED_COUNT_MAX = 8_192
 
 
 class AmountError(ValueError):
@@ -44,6 +48,7 @@ class AmountError(ValueError):
         self.code = code
 
 
+@lru_cache(_PARSED_COUNT_MAX)
 def parse_number(text: str, name: str) -> Decimal:
     """Read a quantity or a price: a finite decimal of at most 15 significant digits and 12 decimals.
 
@@ -70,6 +75,7 @@ def check_number(value: Decimal, name: str) -> Decimal:
     return value if exponent <= 0 else value.quantize(Decimal(1), context=EXACT)
 
 
+@lru_cache(_PARSED_COUNT_MAX)
 def parse_amount(text: str, name: str) -> int:
     """Read an amount of money as micro-units. More than 6 decimals is refused: money is not rounded on arrival.
 
@@ -80,7 +86,7 @@ def parse_amount(text: str, name: str) -> int:
         raise AmountError("NOT_FINITE", f"{name} is not finite")
     if abs(value) >= MAGNITUDE_MAX:
         raise AmountError("TOO_LARGE", f"{name} is not below {MAGNITUDE_MAX}")
-    micro = EXACT.multiply(value, Decimal(MICRO))
+    micro = EXACT.multiply(value, _MICRO_DECIMAL)
     if micro != micro.to_integral_value():
         raise AmountError("TOO_PRECISE", f"{name} has more than {MICRO_DIGITS} decimals")
     return check_amount(int(micro), name)
@@ -95,7 +101,7 @@ def check_amount(micro: int, name: str) -> int:
 
 def value_micro(quantity: Decimal, price: Decimal) -> int:
     """quantity × price in micro-units, half-even. Signed like the quantity. Raises AmountError TOO_LARGE."""
-    product = EXACT.multiply(EXACT.multiply(quantity, price), Decimal(MICRO))
+    product = EXACT.multiply(EXACT.multiply(quantity, price), _MICRO_DECIMAL)
     return check_amount(int(product.to_integral_value(ROUND_HALF_EVEN)), "value")
 
 
@@ -122,7 +128,7 @@ def from_micro(micro: int) -> Decimal:
 
 def to_micro(amount: Decimal) -> int:
     """An exact amount (NUMERIC(38,6) from the ledger) as micro-units. Raises AmountError when it is not exact."""
-    micro = EXACT.multiply(amount, Decimal(MICRO))
+    micro = EXACT.multiply(amount, _MICRO_DECIMAL)
     if micro != micro.to_integral_value():
         raise AmountError("TOO_PRECISE", f"{amount} has more than {MICRO_DIGITS} decimals")
     return int(micro)

@@ -36,8 +36,7 @@ from engine.messages import (
     content_hash,
     decode_event,
 )
-from engine.portfolio import Booking, ClosedPosition, Portfolio, Position, Present
-from engine.positions import carried_value
+from engine.portfolio import Booking, ClosedPosition, Move, Portfolio, Position, Present
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +169,14 @@ class Batch:
         """The events that the batch's reversals name."""
         return {event.reverses for _, event in self._events if isinstance(event, ReversalEvent)}
 
-    def symbols(self, originals: Iterable[LedgerEntry]) -> set[str]:
-        """The symbols whose positions the batch touches, `originals` being what it reverses."""
-        filled = {event.symbol for _, event in self._events if isinstance(event, FillEvent)}
-        return filled | {entry.symbol for entry in originals if entry.symbol is not None}
+    def positions(self, originals: Mapping[str, LedgerEntry]) -> set[tuple[str, str]]:
+        """Portfolio and symbol of the positions that the batch touches; `originals` are what it reverses, by event."""
+        touched = {(event.portfolio_id, event.symbol) for _, event in self._events if isinstance(event, FillEvent)}
+        for _, event in self._events:
+            original = originals.get(event.reverses) if isinstance(event, ReversalEvent) else None
+            if original is not None and original.symbol is not None:
+                touched.add((event.portfolio_id, original.symbol))
+        return touched
 
     def book(self, known: Known) -> Booked:
         self._outcome.portfolios = known.portfolios
@@ -247,13 +250,12 @@ class Batch:
         if symbol is None:
             return held.book(draft, Present(nav_before))
         price = self._marks.price(symbol)
-        before, exposure = held.positions.get(symbol), self._exposure_of(held)
-        after = exposure
+        exposure = after = self._exposure_of(held)
 
-        def admit(entry: LedgerEntry, position: Position | None) -> None:
+        def admit(entry: LedgerEntry, move: Move) -> None:
             nonlocal after
-            value = exposure.value + abs(_worth(position, price)) - abs(_worth(before, price))
-            cost = exposure.cost + _gross_cost(position) - _gross_cost(before)
+            value = exposure.value + abs(move.worth_after) - abs(move.worth_before)
+            cost = exposure.cost + _gross_cost(move.after) - _gross_cost(move.before)
             traded = exposure.traded.get(symbol, 0) - entry.amount
             check_amount(value, "the portfolio's gross value")
             check_amount(cost, "the portfolio's gross cost")
@@ -297,11 +299,6 @@ def _check_key(record: Record, event: PortfolioEvent) -> None:
     """The key decides the partition, so an event under another key would meet its portfolio in the wrong one."""
     if record.key != event.portfolio_id.encode():
         raise EventRejected("WRONG_KEY", "the record's key is not the event's portfolio_id")
-
-
-def _worth(held: Position | None, price: Decimal | None) -> int:
-    """What the position will count for in the Book."""
-    return carried_value(held.quantity, held.cost, price) if held else 0
 
 
 def _gross_cost(held: Position | None) -> int:

@@ -6,11 +6,12 @@ A draft has everything that the event alone decides. `engine.portfolio` fills in
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
+
+from msgspec.structs import replace
 
 from engine.amounts import parse_amount, parse_number, value_micro
 from engine.corporate_actions import Step

@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
 from operator import attrgetter
 from typing import Any
+
+import msgspec
 
 from engine.amounts import plain
 
@@ -66,8 +67,7 @@ class Side(StrEnum):
     SELL = "SELL"
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerEntry:
+class LedgerEntry(msgspec.Struct, frozen=True, gc=False):
     portfolio_id: str
     sequence: int
     event_id: str
@@ -109,7 +109,7 @@ def write_scale(scale: Fraction) -> str:
     return f"{scale.numerator}:{scale.denominator}"
 
 
-_hashed = attrgetter(*(name for name in LedgerEntry.__slots__ if name != "hash"))
+_hashed = attrgetter(*(name for name in LedgerEntry.__struct_fields__ if name != "hash"))
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 

@@ -27,9 +27,12 @@ Every ledger entry is booked here before it is written, and folded here again by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
+
+import msgspec
+from msgspec.structs import replace
 
 from engine.amounts import AmountError, check_amount, check_number, scale_number, share_micro, value_micro
 from engine.ledger import CHAIN_START, EXTERNAL_FLOWS, INCOME, LedgerEntry, LedgerKind, Side, chain_hash
@@ -41,8 +44,7 @@ class LedgerMismatch(ValueError):
     """A ledger entry whose recorded figures are not those that its content gives."""
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(msgspec.Struct, frozen=True, gc=False):
     """Signed `quantity` ≠ 0; `cost` has its sign. `realized` (gross) and `fees` are of the cycle that began with the
     entry `opened_sequence`; micro-units. `opened_at` is what that entry says of itself, `held_since` the later of that
     and the instant at which it was booked: nobody has held a position before both."""
@@ -75,8 +77,7 @@ class ClosedPosition:
         return self.realized > self.fees
 
 
-@dataclass(frozen=True, slots=True)
-class Present:
+class Present(msgspec.Struct, frozen=True, gc=False):
     """What the evaluator knows while it books: NAV just before, and the price of the entry's symbol before and after
     it (they differ at a split alone); None where there is no price."""
 
@@ -85,8 +86,7 @@ class Present:
     price: Decimal | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Booking:
+class Booking(msgspec.Struct, frozen=True):
     """A complete entry, the cycle that it ended if any, what it did to the value of its position (micro-units), and
     the position before it."""
 
@@ -96,8 +96,7 @@ class Booking:
     before: Position | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Effect:
+class _Effect(msgspec.Struct, frozen=True):
     """What an entry does to the position in its symbol."""
 
     realized: int = 0
@@ -105,7 +104,16 @@ class _Effect:
     closed: ClosedPosition | None = None
 
 
-Admission = Callable[[LedgerEntry, Position | None], None]
+class Move(msgspec.Struct, frozen=True):
+    """What an entry would do to a position: the position before and after it, and what each is worth (micro-units)."""
+
+    before: Position | None
+    after: Position | None
+    worth_before: int
+    worth_after: int
+
+
+Admission = Callable[[LedgerEntry, Move], None]
 
 
 @dataclass(slots=True)
@@ -143,16 +151,17 @@ class Portfolio:
     def book(self, draft: LedgerEntry, present: Present, admit: Admission | None = None) -> Booking:
         """Complete a draft (engine.entries): change this state and return the entry to write.
 
-        `admit` is shown the entry and the position after it before anything changes, and raises AmountError to refuse
-        it. Raises AmountError and changes nothing when a figure leaves the exact range.
+        `admit` is shown an entry that moves a position before anything changes, and raises AmountError to refuse it.
+        Raises AmountError and changes nothing when a figure leaves the exact range.
         """
         effect = self._effect(draft, self.ledger_sequence + 1)
-        if admit is not None:
-            admit(draft, effect.position)
         value_change, before = 0, None
         if _moves_position(draft):
-            before = self.positions.get(draft.symbol or "")
-            value_change = _worth(effect.position, present.price) - _worth(before, present.price_before)
+            before, after = self.positions.get(draft.symbol or ""), effect.position
+            worth_before, worth_after = _worth(before, present.price_before), _worth(after, present.price)
+            value_change = worth_after - worth_before
+            if admit is not None:
+                admit(draft, Move(before, after, worth_before, worth_after))
         entry = replace(
             draft,
             sequence=self.ledger_sequence + 1,

@@ -32,7 +32,7 @@ from engine.messages import Quote
 from engine.sessions import Sessions, instant_of, quality_of
 
 
-class HotPosition(msgspec.Struct, frozen=True, array_like=True):
+class HotPosition(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A position as hot state keeps it. `quantity` is plain decimal text; amounts are micro-units.
 
     `realized` and `fees` are of the cycle that began with the ledger entry `opened_sequence`. `splits` are those in

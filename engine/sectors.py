@@ -24,7 +24,7 @@ from engine.amounts import EXACT
 from engine.assets import UNCLASSIFIED, Asset
 
 
-class SectorValue(msgspec.Struct, frozen=True, array_like=True):
+class SectorValue(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Exact amounts of one sector in micro-units, as hot state keeps them."""
 
     value: int
@@ -91,11 +91,12 @@ def allocate(values: Iterable[tuple[str, int]]) -> list[Slice]:
 
 def sum_up(values: Iterable[tuple[str, int]]) -> dict[str, SectorValue]:
     """The sums by group of positions given as (group, value)."""
-    sums: dict[str, tuple[int, int]] = {}
+    net: dict[str, int] = {}
+    gross: dict[str, int] = {}
     for name, value in values:
-        net, gross = sums.get(name, (0, 0))
-        sums[name] = (net + value, gross + abs(value))
-    return {name: SectorValue(net, gross) for name, (net, gross) in sums.items()}
+        net[name] = net.get(name, 0) + value
+        gross[name] = gross.get(name, 0) + abs(value)
+    return {name: SectorValue(value, gross[name]) for name, value in net.items()}
 
 
 def slices_of(sums: Mapping[str, SectorValue]) -> list[Slice]:

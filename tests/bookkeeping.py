@@ -186,9 +186,9 @@ class Bookkeeping:
         originals = {
             e.event_id: e for entries in self.entries.values() for e in entries if e.event_id in batch.reverses
         }
-        symbols = batch.symbols(originals.values())
+        touched = batch.positions(originals)
         portfolios = {
-            name: replace(held, positions={s: p for s, p in held.positions.items() if s in symbols})
+            name: replace(held, positions={s: p for s, p in held.positions.items() if (name, s) in touched})
             for name, held in self.folded.items()
             if name in batch.portfolio_ids
         }

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from redis.asyncio import Redis
@@ -35,8 +36,8 @@ from engine.stores import redis_keys
 TEMPLATE_CAPACITY_MIN = 64
 # A mark as opaque bytes: numpy copies those whole, a record it copies field by field.
 _PACKED = np.dtype((np.void, MARK.itemsize))
-# A script call ends with the portfolio that brings it to this many arguments: it blocks Redis for a few milliseconds.
-ARGUMENTS_PER_SCRIPT = 10_000
+# A script call ends with the portfolio that brings it to this many values: it blocks Redis for a few milliseconds.
+VALUES_PER_SCRIPT = 10_000
 
 # A frame per hour and session close: as many as the snapshots worker may lie behind, and a bound on memory.
 SNAPSHOT_FRAMES_MAX = 100
@@ -59,32 +60,30 @@ redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'owner', ARGV[2], 'sequence', '0',
 return current
 """
 
-# KEYS: pointer, then positions, sectors, sector_values of each portfolio. ARGV: epoch, then for each portfolio
-# whether to replace, and four counted lists: symbols to remove, positions, weights, sector values. Lua's stack takes
-# fewer than 8,000 arguments of a call, so a longer list is applied in even parts of 4,000. A new owner writes
-# positions before it moves the pointer; its epoch is noted, so that the former owner can not write in between.
+# KEYS: pointer, then positions, sectors, sector_values of each portfolio. ARGV: epoch, then for each portfolio one
+# packed list: whether to replace, and four lists: symbols to remove, positions, weights, sector values. One packed
+# argument costs both sides a fraction of dozens of plain ones. Lua's stack takes fewer than 8,000 arguments of a call,
+# so a longer list is applied in even parts of 4,000. A new owner writes positions before it moves the pointer; its
+# epoch is noted, so that the former owner can not write in between.
 _POSITIONS = """
 for _, name in ipairs({'epoch', 'positions_epoch'}) do
   local current = redis.call('HGET', KEYS[1], name)
   if current and tonumber(current) > tonumber(ARGV[1]) then return 0 end
 end
 redis.call('HSET', KEYS[1], 'positions_epoch', ARGV[1])
-local at = 2
-local function apply(command, key)
-  local count = tonumber(ARGV[at])
-  for first = at + 1, at + count, 4000 do
-    redis.call(command, key, unpack(ARGV, first, math.min(first + 3999, at + count)))
+local function apply(command, key, list)
+  for first = 1, #list, 4000 do
+    redis.call(command, key, unpack(list, first, math.min(first + 3999, #list)))
   end
-  at = at + count + 1
 end
 for key = 2, #KEYS, 3 do
-  if ARGV[at] == '1' then redis.call('DEL', KEYS[key]) end
-  at = at + 1
-  apply('HDEL', KEYS[key])
-  apply('HSET', KEYS[key])
+  local replace, closed, positions, weights, values = unpack(cmsgpack.unpack(ARGV[(key + 4) / 3]))
+  if replace then redis.call('DEL', KEYS[key]) end
+  apply('HDEL', KEYS[key], closed)
+  apply('HSET', KEYS[key], positions)
   redis.call('DEL', KEYS[key + 1], KEYS[key + 2])
-  apply('ZADD', KEYS[key + 1])
-  apply('HSET', KEYS[key + 2])
+  apply('ZADD', KEYS[key + 1], weights)
+  apply('HSET', KEYS[key + 2], values)
 end
 return 1
 """
@@ -99,6 +98,9 @@ local surplus = redis.call('RPUSH', KEYS[2], ARGV[2]) - tonumber(ARGV[3])
 if surplus > 0 then redis.call('LTRIM', KEYS[2], surplus, -1) end
 return math.max(surplus, 0)
 """
+
+
+_change_encoder = msgspec.msgpack.Encoder()
 
 
 class FlushOutcome(Enum):
@@ -267,18 +269,22 @@ class HotStateWriter:
 
     async def write_positions(self, shard: int, epoch: int, changes: Sequence[PositionsChange]) -> bool:
         """Write positions and sectors of portfolios; False when a newer epoch owns the shard."""
-        keys, arguments = [redis_keys.shard(shard)], [epoch]
+        keys: list[str] = [redis_keys.shard(shard)]
+        arguments: list[int | bytes] = [epoch]
+        values_count = 0
         for change in changes:
             keys += (
                 redis_keys.positions(shard, change.portfolio_id),
                 redis_keys.sectors(shard, change.portfolio_id),
                 redis_keys.sector_values(shard, change.portfolio_id),
             )
-            arguments += _arguments(change)
-            if len(arguments) >= ARGUMENTS_PER_SCRIPT or change is changes[-1]:
+            arguments.append(_packed(change))
+            values_count += 3 + len(change.closed) + 2 * len(change.positions) + 4 * len(change.sectors)
+            if values_count >= VALUES_PER_SCRIPT or change is changes[-1]:
                 if not await self._positions(keys=keys, args=arguments, client=self._redis):
                     return False
-                keys, arguments = [redis_keys.shard(shard)], [epoch]
+                del keys[1:], arguments[1:]
+                values_count = 0
         return True
 
 
@@ -287,15 +293,19 @@ def _hset(key: str, groups: Iterable[tuple[int, NDArray[np.void]]], count: int) 
     return [head, *(rows.tobytes() for _, rows in groups)]
 
 
-def _arguments(change: PositionsChange) -> list[Any]:
+def _packed(change: PositionsChange) -> bytes:
     """A change as the script takes it."""
     positions: list[Any] = []
     for symbol, position in change.positions.items():
-        positions += (symbol, hot_position_encoder.encode(position))
+        positions += (symbol, _text(hot_position_encoder.encode(position)))
     weights: list[Any] = []
     values: list[Any] = []
     for sector, weight in ranks_of(change.sectors).items():
         weights += (repr(weight), sector)
-        values += (sector, sector_value_encoder.encode(change.sectors[sector]))
-    counted = (change.closed, positions, weights, values)
-    return [int(change.replace), *(part for block in counted for part in (len(block), *block))]
+        values += (sector, _text(sector_value_encoder.encode(change.sectors[sector])))
+    return _change_encoder.encode((change.replace, change.closed, positions, weights, values))
+
+
+def _text(data: bytes) -> msgspec.Raw:
+    """Bytes as what MessagePack calls a string: Lua's decoder knows no other kind."""
+    return msgspec.Raw(b"\xdb%b%b" % (len(data).to_bytes(4, "big"), data))

@@ -84,7 +84,7 @@ async def export_ledger(
 
     chosen, arguments = conditions(plan.selection, first=2)
     query = f"""
-        SELECT {", ".join(_column(name, guarded=is_csv) for name in LedgerEntry.__slots__)}
+        SELECT {", ".join(_column(name, guarded=is_csv) for name in LedgerEntry.__struct_fields__)}
         FROM ledger_entry WHERE portfolio_id = $1{chosen} ORDER BY sequence
     """  # noqa: S608
     async with connection.transaction(isolation="repeatable_read", readonly=True):
@@ -177,7 +177,7 @@ class _Parquet:
         import pyarrow.parquet
 
         self._csv = pyarrow.csv
-        self._types = {name: _parquet_type(pyarrow, name) for name in LedgerEntry.__slots__}
+        self._types = {name: _parquet_type(pyarrow, name) for name in LedgerEntry.__struct_fields__}
         self._outlet = _Outlet()
         schema = pyarrow.schema(list(self._types.items()))
         self._writer = pyarrow.parquet.ParquetWriter(self._outlet, schema, compression="zstd")

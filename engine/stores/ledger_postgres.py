@@ -15,29 +15,34 @@ who produces them before the transaction commits.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
 
 import asyncpg
-from sqlalchemy import ARRAY, ColumnElement, Text, any_, literal, select, update
+from sqlalchemy import select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from engine.assets import UNCLASSIFIED
 from engine.booking import AppliedSplit, Batch, Booked, DeadLetter, Known, Marks, Record, Watch
+from engine.stores.ledger_reads import ENTRY_COLUMNS, read_entry
 from engine.stores.ledger_rows import (
     driver_of,
-    entry_of,
     opened_row,
-    portfolio_of,
-    position_of,
+    read_portfolios,
+    read_positions,
     write_closed,
     write_entries,
     write_portfolios,
     write_positions,
 )
-from engine.stores.tables import asset, asset_version, ledger_entry, portfolio, position, shard
+from engine.stores.tables import asset, asset_version, portfolio, shard
+
+_HASHES = "SELECT event_id, content_hash FROM ledger_entry WHERE event_id = ANY($1::text[])"
+_ORIGINALS = f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE event_id = ANY($1::text[])"  # noqa: S608
+_REVERSED = "SELECT reverses FROM ledger_entry WHERE reverses = ANY($1::text[])"
+_CLASSIFIED = "SELECT symbol FROM asset WHERE symbol = ANY($1::text[])"
 
 
 class Fenced(Exception):
@@ -87,7 +92,7 @@ class LedgerWriter:
         batch = Batch(lease.shard, records, marks, recorded_at, prover)
         async with self._engine.begin() as connection:
             await _move_offset(connection, lease, next_offset, records[-1].offset + 1)
-            outcome = batch.book(await _known(connection, batch, splits))
+            outcome = batch.book(await _known(await driver_of(connection), batch, splits))
             await write_booked(connection, lease.shard, outcome)
             if prover is not None:
                 await prover.write(await driver_of(connection))
@@ -96,44 +101,32 @@ class LedgerWriter:
         return outcome
 
 
-async def _known(connection: AsyncConnection, batch: Batch, splits: Mapping[str, Sequence[AppliedSplit]]) -> Known:
+async def _known(driver: asyncpg.Connection, batch: Batch, splits: Mapping[str, Sequence[AppliedSplit]]) -> Known:
     """Read what the batch refers to."""
-    entry = ledger_entry.c
-    hashes = select(entry.event_id, entry.content_hash).where(_among(entry.event_id, batch.event_ids))
-    content_hashes = {row.event_id: row.content_hash for row in await connection.execute(hashes)}
-    portfolios, shards = {}, {}
-    for row in await connection.execute(select(portfolio).where(_among(portfolio.c.id, batch.portfolio_ids))):
-        portfolios[row.id], shards[row.id] = portfolio_of(row), row.shard
+    content_hashes = dict(map(tuple, await driver.fetch(_HASHES, sorted(batch.event_ids))))
+    portfolios, shards = await read_portfolios(driver, batch.portfolio_ids)
     originals, reversed_ids = {}, frozenset[str]()
     if batch.reverses:
-        named = select(ledger_entry).where(_among(entry.event_id, batch.reverses))
-        originals = {row.event_id: entry_of(row) for row in await connection.execute(named)}
-        reversals = select(entry.reverses).where(_among(entry.reverses, batch.reverses))
-        reversed_ids = frozenset(await connection.scalars(reversals))
-    known = Known(content_hashes, portfolios, shards, frozenset(), originals, reversed_ids, splits)
-    symbols = batch.symbols(originals.values())
-    if not symbols:
-        return known
-    of_batch = _among(position.c.portfolio_id, batch.portfolio_ids), _among(position.c.symbol, symbols)
-    for row in await connection.execute(select(position).where(*of_batch)):
-        portfolios[row.portfolio_id].positions[row.symbol] = position_of(row)
-    classified = await connection.execute(select(asset.c.symbol).where(_among(asset.c.symbol, symbols)))
-    return replace(known, classified=frozenset(row.symbol for row in classified))
-
-
-def _among(column: ColumnElement[str], values: set[str]) -> ColumnElement[bool]:
-    """column = ANY(array): one prepared statement whatever the number of values."""
-    return column == any_(literal(sorted(values), ARRAY(Text)))
+        named = sorted(batch.reverses)
+        originals = {row["event_id"]: read_entry(row) for row in await driver.fetch(_ORIGINALS, named)}
+        reversed_ids = frozenset(row[0] for row in await driver.fetch(_REVERSED, named))
+    touched = batch.positions(originals)
+    await read_positions(driver, portfolios, touched)
+    symbols = sorted({symbol for _, symbol in touched})
+    classified = frozenset(row[0] for row in await driver.fetch(_CLASSIFIED, symbols)) if symbols else frozenset()
+    return Known(content_hashes, portfolios, shards, classified, originals, reversed_ids, splits)
 
 
 async def _move_offset(connection: AsyncConnection, lease: Lease, from_offset: int, to_offset: int) -> None:
     mine = (shard.c.id == lease.shard) & (shard.c.epoch == lease.epoch) & (shard.c.log_id == lease.log_id)
-    at = await connection.scalar(select(shard.c.next_offset).where(mine).with_for_update())
+    expected = mine & (shard.c.next_offset == from_offset)
+    moved = await connection.execute(update(shard).where(expected).values(next_offset=to_offset))
+    if moved.rowcount == 1:
+        return
+    at = await connection.scalar(select(shard.c.next_offset).where(mine))
     if at is None:
         raise Fenced(f"shard {lease.shard} has left epoch {lease.epoch}")
-    if at != from_offset:
-        raise OffsetMoved(f"shard {lease.shard} is at offset {at}, not {from_offset}")
-    await connection.execute(update(shard).where(mine).values(next_offset=to_offset))
+    raise OffsetMoved(f"shard {lease.shard} is at offset {at}, not {from_offset}")
 
 
 async def assert_epoch(connection: AsyncConnection, lease: Lease) -> None:

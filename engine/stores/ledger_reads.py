@@ -74,9 +74,9 @@ _PORTFOLIOS = f"SELECT {_IDENTITY} FROM portfolio WHERE id > $1 ORDER BY id LIMI
 _PORTFOLIOS_OF_OWNER = f"""
     SELECT {_IDENTITY} FROM portfolio WHERE owner = $3 AND id > $1 ORDER BY id LIMIT $2
 """  # noqa: S608
-ENTRY_COLUMNS = ", ".join(LedgerEntry.__slots__)
+ENTRY_COLUMNS = ", ".join(LedgerEntry.__struct_fields__)
 _SHOWN = f"""
-    {", ".join(f"e.{name}" for name in LedgerEntry.__slots__)},
+    {", ".join(f"e.{name}" for name in LedgerEntry.__struct_fields__)},
     (SELECT event_id FROM ledger_entry WHERE reverses = e.event_id) AS reversed_by
 """  # noqa: S608
 _PAGE = f"""
@@ -226,11 +226,11 @@ def read_entry(values: Iterable[Any]) -> LedgerEntry:
 
 
 _MONEY = ("amount", "fee", "receivable", "realized", "cost", "nav_effect", "cash_after")
-_MONEY_AT = [LedgerEntry.__slots__.index(name) for name in _MONEY]
-_KIND_AT = LedgerEntry.__slots__.index("kind")
+_MONEY_AT = [LedgerEntry.__struct_fields__.index(name) for name in _MONEY]
+_KIND_AT = LedgerEntry.__struct_fields__.index("kind")
 _KINDS = {kind.value: kind for kind in LedgerKind}
 _READERS: dict[str, Callable[[Any], object]] = {"side": Side, "scale": read_scale, "nav_before": to_micro}
-_OPTIONAL = [(LedgerEntry.__slots__.index(name), read) for name, read in _READERS.items()]
+_OPTIONAL = [(LedgerEntry.__struct_fields__.index(name), read) for name, read in _READERS.items()]
 
 
 def _shown(row: asyncpg.Record) -> ShownEntry:

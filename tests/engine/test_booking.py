@@ -97,7 +97,7 @@ def test_unheard_of_symbols_are_named_once() -> None:
         kept.book,
         AT,
     )
-    assert batch.symbols([]) == {"AAPL"}
+    assert batch.positions({}) == {("p-1", "AAPL")}
     assert batch.book(Known({}, {}, {}, frozenset())).unclassified == {"AAPL"}
 
 

@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from engine.amounts import AmountError
 from engine.entries import draft_event
@@ -156,7 +157,7 @@ def test_a_ledger_that_was_tampered_with_does_not_fold(change: dict[str, Any]) -
     )
     assert fold("p-1", "USD", entries) == portfolio
     with pytest.raises(LedgerMismatch):
-        fold("p-1", "USD", [*entries[:-1], replace(entries[-1], **change)])
+        fold("p-1", "USD", [*entries[:-1], structs.replace(entries[-1], **change)])
 
 
 @pytest.mark.parametrize("reversed_id", ["s1", "b1", "b3"])
@@ -181,5 +182,5 @@ def test_check_invariants_sees_money_that_came_from_nowhere() -> None:
         check_invariants(replace(portfolio, cash=portfolio.cash + 1), {})
     held = portfolio.positions["AAPL"]
     with pytest.raises(AssertionError, match="cost against quantity"):
-        flipped = {"AAPL": replace(held, cost=-held.cost)}
+        flipped = {"AAPL": structs.replace(held, cost=-held.cost)}
         check_invariants(replace(portfolio, positions=flipped, realized=portfolio.realized - 2 * held.cost), {})

@@ -10,6 +10,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
+from msgspec import structs
 
 from engine.book import NAV_MAX_MICRO
 from engine.ledger import LedgerEntry
@@ -242,7 +243,7 @@ def test_other_rows_of_the_record(life: ScriptedLedger) -> None:
     side.record = replace(side.record, receivables=side.record.receivables + 1)
     assert side.figures() == ["receivable rows"]
     held = dict(life.portfolio.positions)
-    held["AAPL"] = replace(held["AAPL"], fees=0)
+    held["AAPL"] = structs.replace(held["AAPL"], fees=0)
     kept = replace(life.portfolio, positions=held, ledger_hash=b"other")
     side.record = Record(kept, life.portfolio.receivables)
     finding = side.compare()
@@ -317,10 +318,10 @@ def test_without_a_mark_all_of_the_nav_is_adrift(life: ScriptedLedger) -> None:
 
 def test_entries_that_do_not_fold(life: ScriptedLedger) -> None:
     side = both_sides(life, unfolded=2)
-    side.entries = [replace(side.entries[0], cost=1), side.entries[1]]
+    side.entries = [structs.replace(side.entries[0], cost=1), side.entries[1]]
     with pytest.raises(LedgerMismatch):
         side.compare()
-    side.entries = [replace(life.entries[-2], amount=2**62)]
+    side.entries = [structs.replace(life.entries[-2], amount=2**62)]
     with pytest.raises(LedgerMismatch, match="cash"):
         side.compare()
 

@@ -122,14 +122,13 @@ def test_five_sectors_at_once_are_proved_by_the_prices_of_the_moment(recorded: R
 
 def test_who_was_worth_a_million_at_a_close_is_a_whale_and_every_whale_was(recorded: Recorded, year: Year) -> None:
     threshold = rule(recorded, "whale")["threshold"]
-    for name, rows in recorded.ledger.items():
+    rich_at: dict[str, list[datetime]] = {name: [] for name in recorded.ledger}
+    for (name, at), row in recorded.snapshots.items():
         # A NAV with a position at its cost, because it never had a price, proves nothing.
-        rich = [
-            row["at"]
-            for (of, _), row in recorded.snapshots.items()
-            if of == name and row["nav"] >= threshold and row["quality"] != MarkQuality.MISSING
-        ]
-        proved = award(recorded, name, "whale")
+        if row["nav"] >= threshold and row["quality"] != MarkQuality.MISSING:
+            rich_at[name].append(at)
+    for name, rows in recorded.ledger.items():
+        rich, proved = rich_at[name], award(recorded, name, "whale")
         assert proved is not None or not rich, name
         if proved is not None:
             assert proved["awarded_at"] <= min(rich, default=proved["awarded_at"]) + SOON
@@ -167,7 +166,9 @@ def test_an_untouchable_s_sharpe_ratio_was_above_two(recorded: Recorded, year: Y
 
 
 def sharpe(factors: dict[datetime, float], closes: list[datetime], end: datetime, days: timedelta) -> float:
-    within = closes[bisect_left(closes, end - days) : bisect_right(closes, end)]
+    """The first close that has a factor is where returns begin: a portfolio may have been booked days late."""
+    begin = max(end - days, min(factors, default=end))
+    within = closes[bisect_left(closes, begin) : bisect_right(closes, end)]
     returns = [factors.get(close, 1.0) - 1 for close in within[1:]]
     if len(returns) < 20:
         return 0.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 import asyncpg
 import pytest
 import pytest_asyncio
+from msgspec import structs
 
 from engine.ledger import CHAIN_START, chain_hash
 from engine.stores.ledger_chain import ENTRIES_AT_ONCE, ChainCheck, Fault, Head, Verified, verify_ledger
@@ -168,7 +168,7 @@ async def test_an_entry_that_was_changed_and_hashed_anew_breaks_the_next(
 
 async def rehash(connection: asyncpg.Connection, script: ScriptedLedger, sequence: int) -> None:
     before = script.entries[sequence - 2].hash
-    forged = chain_hash(before, replace(script.entries[sequence - 1], reference="forged"))
+    forged = chain_hash(before, structs.replace(script.entries[sequence - 1], reference="forged"))
     await tamper(
         connection,
         f"UPDATE ledger_entry SET reference = 'forged', hash = '\\x{forged.hex()}'"
@@ -253,7 +253,7 @@ def test_a_portfolio_without_entries_is_in_order() -> None:
 
 def test_faults_read_like_sentences() -> None:
     script = ScriptedLedger()
-    changed: Any = replace(script.entries[0], cash_after=5)
+    changed: Any = structs.replace(script.entries[0], cash_after=5)
     details = [fault.detail for fault in ChainCheck("p-1").take(changed)]
     assert details == [
         "its hash does not follow from its content and entry 0",

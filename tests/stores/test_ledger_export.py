@@ -129,7 +129,7 @@ async def test_csv_has_every_entry_so_that_its_chain_can_be_verified(
 async def test_csv_is_plain(pool: asyncpg.Pool, script: ScriptedLedger) -> None:
     text = (await exported(pool, CSV)).decode()
     first, second, *_ = text.splitlines()
-    assert first == ",".join(LedgerEntry.__slots__)
+    assert first == ",".join(LedgerEntry.__struct_fields__)
     assert second.startswith("p/1,1,p/1-e1,OPEN,,,,,,0,0,0,0,0,0,0,,2026-03-02T09:30:00.000000Z,2026-03-02T09:30")
     assert "E-" not in text and "E+" not in text
     assert ",0.000000000001,99999.999999," in text
@@ -144,7 +144,7 @@ async def test_no_reference_is_taken_for_a_formula(pool: asyncpg.Pool, script: S
 
 async def test_parquet_has_the_same_exactly(pool: asyncpg.Pool, script: ScriptedLedger) -> None:
     table = table_of(await exported(pool, PARQUET))
-    assert table.column_names == list(LedgerEntry.__slots__)
+    assert table.column_names == list(LedgerEntry.__struct_fields__)
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
     assert types["amount"] == types["nav_before"] == "decimal128(38, 6)"
     assert types["quantity"] == types["price"] == "decimal128(38, 12)"

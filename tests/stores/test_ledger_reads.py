@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -15,6 +14,7 @@ import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from engine.amounts import from_micro
 from engine.assets import Asset, AssetClass
@@ -202,7 +202,7 @@ async def mixed(pool: asyncpg.Pool) -> ScriptedLedger:
             script.cash(random.choice(["DEPOSIT", "WITHDRAWAL", "FEE"]), "100")
         else:
             late = script.fill(symbol, random.choice(["BUY", "SELL"]), str(random.randrange(1, 9)), "25")
-            script.entries[-1] = replace(late, effective_at=late.effective_at - random.randrange(5) * HOUR)
+            script.entries[-1] = structs.replace(late, effective_at=late.effective_at - random.randrange(5) * HOUR)
     return await written(pool, script)
 
 
