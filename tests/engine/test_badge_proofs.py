@@ -286,7 +286,7 @@ def test_awards_events_and_proofs_are_of_one_kind(
 
 def test_a_ledger_that_does_not_fold_proves_nothing(told: Told) -> None:
     entries = told.kept.entries["a"]
-    entries[3] = replace(entries[3], realized=entries[3].realized + 1)
+    entries[3] = msgspec.structs.replace(entries[3], realized=entries[3].realized + 1)
     assert told.faults() == [("", "WRONG")]
 
 
