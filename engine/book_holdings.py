@@ -292,4 +292,5 @@ def grouped(numbers: NDArray[np.integer[Any]]) -> list[tuple[int, Slots]]:
     """The numbers that occur, ascending, each with its places, ascending."""
     order = np.argsort(numbers, kind="stable")
     found, first = np.unique(numbers[order], return_index=True)
-    return list(zip(found.tolist(), np.split(order, first[1:]), strict=True))
+    # Of nothing `split` makes one part that is empty.
+    return list(zip(found.tolist(), np.split(order, first[1:])[: len(found)], strict=True))

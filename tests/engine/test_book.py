@@ -647,3 +647,11 @@ def test_of_many_portfolios_none_may_be_open_already() -> None:
     with pytest.raises(ValueError, match="in the Book already"):
         book.open_many(0, ["p-0", "p-new"], accounts, [], nothing, nothing, nothing * 1.0, nothing, nothing, nothing)
     assert "p-new" not in book
+
+
+def test_many_portfolios_without_a_position_among_them_are_opened_at_once() -> None:
+    book = held("1")
+    accounts, nothing = random_accounts(np.random.default_rng(1), 2), np.zeros(0, np.int64)
+    book.open_many(0, ["p-1", "p-2"], accounts, [], nothing, nothing, nothing * 1.0, nothing, nothing, nothing)
+    assert book.held("p-2") == []
+    book.check()
