@@ -29,6 +29,7 @@ from api.graphiql import STATIC_DIRECTORY, STATIC_PATH, make_page
 from api.graphql import Gateway
 from api.health import make_health_router
 from api.hub import Hub
+from api.interest import InterestTeller
 from api.live_feed import LiveFeed
 from api.metrics import Metrics
 from api.middleware import BodyLimit, RequestIds
@@ -114,6 +115,7 @@ class Application:
     services: Services
     hub: Hub
     feed: LiveFeed
+    interest: InterestTeller
     gateway: Gateway
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -121,6 +123,7 @@ class Application:
         """Everything in the background, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_keep_running("feed", self.feed.run))
+            tasks.create_task(_keep_running("interest", self.interest.run))
             tasks.create_task(_keep_running("postgres", self._connect_postgres))
             tasks.create_task(_keep_running("kafka", self._connect_kafka))
 
@@ -192,7 +195,8 @@ def make_application(settings: Settings, clock: Clock) -> Application:
     deliveries = Deliveries(hub, metrics, compile_projection, settings.heartbeat_interval_s, settings.send_timeout_s)
     gateway = Gateway(settings, services, Authenticator(settings), metrics, make_page(), deliveries)
     metrics.watches.set_function(lambda: hub.watches_count)
-    return Application(settings, metrics, redis, database, services, hub, feed, gateway)
+    interest = InterestTeller(redis, hub, settings)
+    return Application(settings, metrics, redis, database, services, hub, feed, interest, gateway)
 
 
 def create_app(settings: Settings, clock: Clock) -> FastAPI:

@@ -114,8 +114,9 @@ class LiveFeed:
             while True:
                 await self._adjust(pubsub)
                 if not self._subscribed:
-                    self._hub.watch_signal.clear()
                     if not self._wanted():
+                        # Not before: others wait for it as well, and are not to miss a new watch.
+                        self._hub.watch_signal.clear()
                         await self._hub.watch_signal.wait()
                     continue
                 message = await pubsub.get_message(timeout=LISTEN_INTERVAL_MS / 1_000)

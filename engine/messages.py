@@ -241,3 +241,21 @@ quote_frame_encoder = msgspec.msgpack.Encoder()
 quote_frame_decoder: msgspec.msgpack.Decoder[QuoteFrame] = msgspec.msgpack.Decoder(QuoteFrame)
 quote_encoder = msgspec.msgpack.Encoder()
 quote_decoder: msgspec.msgpack.Decoder[Quote] = msgspec.msgpack.Decoder(Quote)
+
+
+class InterestFrame(msgspec.Struct, frozen=True, array_like=True):
+    """What travels on the channels `interest:{n}`: portfolios of shard n that `node`, an API process's random id, has
+    somebody watching.
+
+    `complete`: these are all of them, in place of those told before; otherwise they come on top. All are forgotten when
+    nothing more was heard of the node for `expires_in_ms`.
+    """
+
+    node: str
+    expires_in_ms: int
+    complete: bool
+    portfolio_ids: list[str]
+
+
+interest_encoder = msgspec.msgpack.Encoder()
+interest_decoder: msgspec.msgpack.Decoder[InterestFrame] = msgspec.msgpack.Decoder(InterestFrame)

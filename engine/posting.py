@@ -8,7 +8,7 @@ that a split leaves it as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -43,12 +43,12 @@ class PositionsChange:
         return self.replace or bool(self.closed or self.positions)
 
 
-def post(book: Book, shard: int, booked: Booked, sector_of: SectorOf, splits_of: SplitsOf) -> list[PositionsChange]:
-    """Bring the Book to the state after a committed batch; returns what changed in hot positions."""
+def post(book: Book, shard: int, booked: Booked, sector_of: SectorOf, splits_of: SplitsOf) -> Iterator[PositionsChange]:
+    """Bring the Book to the state after a committed batch, one portfolio after the other, each with what changes in hot
+    positions. What is between two of them is the caller's; a portfolio is never between two states."""
     entries: dict[str, list[LedgerEntry]] = {}
     for entry in booked.entries:
         entries.setdefault(entry.portfolio_id, []).append(entry)
-    changes = []
     for portfolio_id, posted in entries.items():
         held = booked.portfolios[portfolio_id]
         day = book.day(portfolio_id) if portfolio_id in book else DayBase(0, 1, 0)
@@ -59,16 +59,13 @@ def post(book: Book, shard: int, booked: Booked, sector_of: SectorOf, splits_of:
             book.open(portfolio_id, shard, figures)
         traded, moved = _traded(posted), sorted(booked.touched[portfolio_id])
         changed = {symbol: _move(book, held, symbol, traded.get(symbol, 0), splits_of) for symbol in moved}
-        changes.append(
-            PositionsChange(
-                portfolio_id,
-                replace=False,
-                closed=[symbol for symbol, position in changed.items() if position is None],
-                positions={symbol: position for symbol, position in changed.items() if position},
-                sectors=allocation(book, portfolio_id, sector_of),
-            )
+        yield PositionsChange(
+            portfolio_id,
+            replace=False,
+            closed=[symbol for symbol, position in changed.items() if position is None],
+            positions={symbol: position for symbol, position in changed.items() if position},
+            sectors=allocation(book, portfolio_id, sector_of),
         )
-    return changes
 
 
 def allocation(book: Book, portfolio_id: str, sector_of: SectorOf) -> dict[str, SectorValue]:

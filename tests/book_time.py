@@ -24,6 +24,7 @@ from engine.stores.ledger_postgres import Lease
 from workers import book_time
 from workers.badge_proving import BadgeProving
 from workers.book_time import BookTime
+from workers.interest import Interest
 from workers.owned_shard import OwnedShard
 from workers.quote_intake import WaitingQuotes
 
@@ -106,6 +107,8 @@ class Stage:
         self.shards: Any = None
         self.badges = BadgeProving(None, self)  # type: ignore[arg-type]
         self.settings = Settings(**settings)
+        # Nothing is heard of what is watched, so that everything counts as watched.
+        self.interest = Interest(self.settings, self.book, lambda: self.owned)
         self.time = BookTime(self.settings, self.clocks, self)  # type: ignore[arg-type]
 
     def lose(self, lease: Lease, reason: str) -> None:

@@ -175,7 +175,7 @@ class Bookkeeping:
             self.keep(outcome.portfolios[name], outcome.touched[name])
         for name, cycle in outcome.closed:
             self.closed.setdefault(name, []).append(cycle)
-        self.changes = post(self.book, shard, outcome, self.sector_of, self.splits_in_book)
+        self.changes = list(post(self.book, shard, outcome, self.sector_of, self.splits_in_book))
 
     def splits_in_book(self, symbol: str) -> Sequence[Split]:
         taken = {applied.split for of_shard in self.splits.values() for applied in of_shard.get(symbol, ())}

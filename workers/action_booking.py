@@ -22,7 +22,6 @@ from engine.book import Book
 from engine.booking import Booked, DeadLetter, DueStep, Record
 from engine.corporate_actions import CorporateAction, Step, decode_action, price_after
 from engine.messages import EventRejected
-from engine.posting import post
 from engine.runtime import telemetry
 from engine.runtime.clock import HOUR_NS, Clock, to_datetime
 from engine.runtime.connections import AWAY
@@ -31,6 +30,7 @@ from engine.stores.actions_postgres import ActionsStore, KnownAction
 from engine.stores.badges_postgres import BatchProver
 from engine.stores.ledger_postgres import Fenced, Lease
 from workers.badge_proving import BadgeProving
+from workers.batch_posting import post_in_steps, slots_in
 from workers.corporate_actions import ActionSchedule
 from workers.dead_letters import bury
 from workers.flusher import Flusher, OwnedShard
@@ -142,7 +142,8 @@ class ActionBooking:
             shards = sorted({shard for _, _, lacking in due for shard in lacking})
             lacking = {shard: [steps[at] for at, one in enumerate(due) if shard in one[2]] for shard in shards}
             # All come to an end before anything else is booked.
-            outcomes = await asyncio.gather(*(self._book(of, lacking[of]) for of in shards), return_exceptions=True)
+            with self._host.flusher.booking():
+                outcomes = await asyncio.gather(*(self._book(of, lacking[of]) for of in shards), return_exceptions=True)
             for outcome in outcomes:
                 if isinstance(outcome, BaseException):
                     raise outcome
@@ -193,14 +194,10 @@ class ActionBooking:
             _log.error("holder_passed_over", code=letter.code, reason=letter.reason)
         # Positions without an entry (they were opened in new shares) are to name the split as well.
         owned.positions_due |= any(one.step.scale is not None for one in due)
-        owned.posting = True
-        try:
-            host = self._host
-            changes = post(host.book, owned.lease.shard, booked, host.sectors.sector_of, host.actions.splits_of)
-            host.badges.booked(prover, booked)
-            await host.positions.write(owned, [change for change in changes if change.is_of_positions])
-        finally:
-            owned.posting = False
+        # A quote in new shares may come before all have their new quantities: nobody sees a worth of both.
+        with self._host.flusher.holding(owned, slots_in(self._host.book, booked.touched)):
+            await post_in_steps(self._host, owned, booked, cash_alone=False)
+        self._host.badges.booked(prover, booked)
         for one in due:
             telemetry.ACTION_STEPS.labels(one.step.kind.value).inc()
         actions = [f"{one.step.action_id} {one.step.kind}" + " late" * one.late for one in due]

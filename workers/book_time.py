@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from typing import NamedTuple
 
 import structlog
 
@@ -50,6 +51,15 @@ LAG_TOLD_S = 10.0  # being behind the clock is told at this lag, and again after
 FRAMES_KEPT_MAX = 8  # per shard, while Redis is away; a frame of 5,000 portfolios is 800 kB
 
 _log = structlog.get_logger(__name__)
+
+
+class Advance(NamedTuple):
+    """Where the Book stands, and of the oldest quote which moved anything: its instant, and when the quotes worker took
+    it in. 0 where there is none."""
+
+    as_of_ns: int
+    oldest_event_ns: int
+    oldest_received_ns: int
 
 
 class BookTime:
@@ -90,11 +100,8 @@ class BookTime:
         """Whether a boundary that is due waits for somebody, and quotes wait for it."""
         return self._held is not None
 
-    def advance(self) -> tuple[int, int]:
-        """Bring the Book to the present.
-
-        Returns the instant that it stands at then, and that of the oldest quote which moved anything, 0 for none.
-        """
+    def advance(self) -> Advance:
+        """Bring the Book to the present."""
         boundaries, quotes = self._boundaries, self._host.quotes
         now_ns = self._clock.now_ns()
         boundaries.observe(now_ns, time.monotonic(), quotes.settled_ns)
@@ -112,7 +119,8 @@ class BookTime:
         wall_s, (checked_at_s, checked_at_ns) = time.monotonic(), self._checked
         if wall_s - checked_at_s >= QUALITY_CHECK_INTERVAL_S or as_of_ns - checked_at_ns >= QUALITY_CHECK_INTERVAL_NS:
             self._check_qualities(as_of_ns)
-        return as_of_ns, min(moved, default=0)
+        received_ns = quotes.waiting.take_received_ns()
+        return Advance(as_of_ns, min(moved, default=0), received_ns if moved else 0)
 
     def _tell_lag(self, lag_s: float) -> None:
         telemetry.BOOK_LAG.set(lag_s)

@@ -1,11 +1,12 @@
 """The evaluator: owns shards, books their events, values their portfolios, writes hot state.
 
-Four loops share one Book on one thread; it changes only between awaits, so no lock is needed:
+Five loops share one Book on one thread; it changes only between awaits, so no lock is needed:
 
     leases    every second: renew, claim up to the fair share, give back what is over it
     events    Kafka → one PostgreSQL transaction per shard and batch → Book → hot positions; likewise corporate actions
     quotes    Redis Pub/Sub → the latest quote per symbol, waiting for the next flush
-    flushes   every `flush_interval_ms`: apply the waiting quotes, cut the day when it is time, write what changed
+    interest  Redis Pub/Sub → which portfolios somebody watches
+    flushes   every `flush_interval_ms`: apply the waiting quotes, cut the day when it is time, write what is due
 
 A shard is let go when its lease is lost, when a transaction or a flush finds a newer epoch, and at the end. Hot
 state that can not be written is written again in full as soon as it can (`OwnedShard.published`).
@@ -29,7 +30,6 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from engine.book import Book
 from engine.booking import Record
-from engine.posting import post
 from engine.runtime import telemetry
 from engine.runtime.clock import Clock, to_datetime
 from engine.runtime.connections import AWAY, Outage, connect_redis, make_engine, make_producer, stopped_within
@@ -43,10 +43,12 @@ from engine.stores.shards_postgres import Shards
 from engine.stores.thresholds_postgres import WatchedThresholds
 from workers.action_booking import ActionBooking
 from workers.badge_proving import BadgeProving
+from workers.batch_posting import post_in_steps
 from workers.corporate_actions import ActionSchedule
 from workers.dead_letters import bury
 from workers.flusher import Flusher, OwnedShard
 from workers.hot_positions import HotPositions
+from workers.interest import Interest
 from workers.lifecycle import run_together
 from workers.quote_intake import QuoteIntake
 from workers.reclassification import Reclassification
@@ -86,6 +88,7 @@ class Evaluator:
         self.actions = ActionSchedule(actions_store)
         self._split_order = SplitOrder(clock, self.actions)
         self.badges = BadgeProving(BadgesStore(self._engine, settings.badge_topic), self)
+        self.interest = Interest(settings, self.book, self._shards)
         self.flusher = Flusher(settings, clock, self)
         self.positions = HotPositions(clock, self)
         self._take_over = TakeOver(self, self.positions, self.flusher.time)
@@ -117,6 +120,10 @@ class Evaluator:
         """Whether a shard that is owned still is about to be let go."""
         return shard in self._leaving
 
+    def _shards(self) -> set[int]:
+        """What is ours, and what will be as soon as it is loaded."""
+        return self.owned.keys() | {lease.shard for lease in self._claims}
+
     async def run(self, stop: asyncio.Event) -> None:
         """Evaluate until `stop` is set, then give all shards back."""
         try:
@@ -126,6 +133,7 @@ class Evaluator:
                 self._keep_leases(stop),
                 self._book_events(stop),
                 self.quotes.run(stop),
+                self.interest.run(stop),
                 self.flusher.run(stop),
                 self.thresholds.run(stop),
             )
@@ -376,15 +384,8 @@ class Evaluator:
         if self.owned.get(shard.lease.shard) is not shard:
             return
         self.sectors.learn(booked.unclassified)
-        shard.posting = True
-        try:
-            changes = post(self.book, shard.lease.shard, booked, self.sectors.sector_of, self.actions.splits_of)
-            for portfolio_id, opened in booked.opened.items():
-                self.flusher.place(portfolio_id, opened.day_cut)
-            self.badges.booked(prover, booked)
-            await self.positions.write(shard, changes)
-        finally:
-            shard.posting = False
+        await post_in_steps(self, shard, booked)
+        self.badges.booked(prover, booked)
 
     def load_again(self, shard: OwnedShard) -> None:
         """Read a shard from the ledger anew before anything else is booked on it."""

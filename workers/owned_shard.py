@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.badges import Rule
 from engine.baselines import Baseline
@@ -57,8 +60,11 @@ class OwnedShard:
     basis_checked_at_s: float = -math.inf
     # Hot state was found to differ from the ledger: nothing in it counts.
     is_under_repair: bool = False
-    # True while a batch is on its way from the ledger to hot positions: a mark is never ahead of its positions.
-    posting: bool = False
+    # Slots whose marks are to be written in the next flush, watched or not: what was booked is shown at once.
+    booked: list[Int64s] = field(default_factory=list)
+    # The oldest quote that moved marks which could not be written: its instant, and when it was received.
+    unwritten: tuple[int, int] = (0, 0)
+    looked_at_s: float = 0.0
     cuts_due: list[tuple[int, list[Baseline]]] = field(default_factory=list)
     frames_due: list[SnapshotFrame] = field(default_factory=list)
 
@@ -76,6 +82,20 @@ class Badges(Protocol):
     def look(self, owned: OwnedShard, slots: Int64s, as_of_ns: int) -> None: ...
 
 
+class Watched(Protocol):
+    """Which slots somebody watches (workers.interest)."""
+
+    changed: Callable[[], None]
+
+    def slots_of(self, shard: int) -> Int64s | None: ...
+
+    def is_watched(self, slots: Int64s) -> NDArray[np.bool_]: ...
+
+    def opened(self, shard: int, portfolio_id: str) -> None: ...
+
+    def taken(self, shard: int) -> None: ...
+
+
 class Host(Protocol):
     """What the flusher needs of the evaluator it belongs to."""
 
@@ -87,6 +107,9 @@ class Host(Protocol):
     shards: Shards
     sectors: SectorMap
     actions: ActionSchedule
+
+    @property
+    def interest(self) -> Watched: ...
 
     @property
     def badges(self) -> Badges: ...

@@ -33,18 +33,16 @@ from collections.abc import Callable, Collection
 import msgspec
 import structlog
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
 
 from engine.assets import load_catalogue
 from engine.messages import Quote, QuoteFrame, quote_decoder, quote_frame_decoder
 from engine.runtime import telemetry
-from engine.runtime.connections import AWAY, Outage, connect_redis, stopped_within
+from engine.runtime.connections import AWAY, Outage, close_in_time, connect_redis, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 
 SILENT_AFTER_S = 2.5  # two heartbeats that did not come
 SILENCE_MAX_S = 5  # five missed heartbeats: the connection may be dead without having said so
-CLOSE_TIMEOUT_S = 1
 SEGMENTS_COUNT_MAX = 1_024  # a recorded year of daily bars has as many instants; an hour of a live market is one
 PUBLISHERS_COUNT_MAX = 8  # only the last ones matter; one that is gone never speaks again
 
@@ -69,16 +67,16 @@ class FrameNumbers:
 
 class _Segment:
     """The quotes that wait for one boundary, by symbol, each with the instant it counts at, the first of them
-    `since_ns`."""
+    `since_ns`, and with the wall instant at which the quotes worker took it in (0: not known)."""
 
     __slots__ = ("quotes", "since_ns")
 
     def __init__(self) -> None:
-        self.quotes: dict[str, tuple[int, Quote]] = {}
+        self.quotes: dict[str, tuple[int, Quote, int]] = {}
         self.since_ns = math.inf
 
-    def put(self, quote: Quote, at_ns: int) -> None:
-        self.quotes[quote.symbol] = at_ns, quote
+    def put(self, quote: Quote, at_ns: int, received_ns: int) -> None:
+        self.quotes[quote.symbol] = at_ns, quote, received_ns
         self.since_ns = min(self.since_ns, at_ns)
 
 
@@ -91,8 +89,9 @@ class WaitingQuotes:
         self.settled_ns = 0
         # By boundary, each quote in the segment of its instant; boundaries ascending.
         self._segments: dict[int, _Segment] = {}
+        self._oldest_received_ns = 0
 
-    def add(self, quote: Quote) -> None:
+    def add(self, quote: Quote, received_ns: int = 0) -> None:
         """Let the quote that was published last wait."""
         at_ns = max(quote.ts_event_ns, self.settled_ns + 1)
         boundary_ns = self.boundary_of(at_ns)
@@ -100,7 +99,7 @@ class WaitingQuotes:
             boundary_ns = self._open(boundary_ns)
         segment = self._segments[boundary_ns]
         conflated = quote.symbol in segment.quotes
-        segment.put(quote, at_ns)
+        segment.put(quote, at_ns, received_ns)
         for later_ns in reversed(self._segments):
             if later_ns == boundary_ns:
                 break
@@ -110,18 +109,26 @@ class WaitingQuotes:
 
     def take(self, until_ns: int | None = None) -> list[Quote]:
         """Per symbol the last quote stamped up to `until_ns`, or at all, with which it waits no longer."""
-        taken: dict[str, Quote] = {}
+        taken: dict[str, tuple[int, Quote, int]] = {}
         for boundary_ns, segment in list(self._segments.items()):
             if until_ns is None or boundary_ns <= until_ns:
-                taken |= {symbol: quote for symbol, (_, quote) in self._segments.pop(boundary_ns).quotes.items()}
+                taken |= self._segments.pop(boundary_ns).quotes
             # Boundaries may have come into being since it was filled: a segment can lie on both sides of this one.
             elif segment.since_ns <= until_ns:
-                due = [symbol for symbol, (at_ns, _) in segment.quotes.items() if at_ns <= until_ns]
-                taken |= {symbol: segment.quotes.pop(symbol)[1] for symbol in due}
-                segment.since_ns = min((at_ns for at_ns, _ in segment.quotes.values()), default=math.inf)
+                due = [symbol for symbol, (at_ns, _, _) in segment.quotes.items() if at_ns <= until_ns]
+                taken |= {symbol: segment.quotes.pop(symbol) for symbol in due}
+                segment.since_ns = min((at_ns for at_ns, _, _ in segment.quotes.values()), default=math.inf)
             if not segment.quotes:
                 self._segments.pop(boundary_ns, None)
-        return list(taken.values())
+        received = [received_ns for _, _, received_ns in taken.values() if received_ns]
+        if received:
+            self._oldest_received_ns = min(*received, self._oldest_received_ns or received[0])
+        return [quote for _, quote, _ in taken.values()]
+
+    def take_received_ns(self) -> int:
+        """When the quotes worker took in the first of what was taken since this was asked last; 0 when nobody says."""
+        oldest_ns, self._oldest_received_ns = self._oldest_received_ns, 0
+        return oldest_ns
 
     def _open(self, boundary_ns: int) -> int:
         """Begin a segment, merging the two oldest when there are too many; returns the boundary of what it lies in."""
@@ -171,6 +178,8 @@ class QuoteIntake:
         self._frame_at_s = -math.inf
         # Set once `prices` has been read, so that no shard is valued before.
         self.ready = asyncio.Event()
+        # Called when quotes have begun to wait.
+        self.arrived: Callable[[], None] = lambda: None
 
     def last(self, symbol: str) -> Quote | None:
         return self._last.get(symbol)
@@ -194,7 +203,7 @@ class QuoteIntake:
             except AWAY as error:
                 await stopped_within(stop, outage.begin_or_continue(error))
             finally:
-                await _close(redis)
+                await close_in_time(redis)
 
     async def _listen(self, redis: Redis, stop: asyncio.Event, outage: Outage) -> None:
         pubsub = redis.pubsub()
@@ -212,7 +221,7 @@ class QuoteIntake:
                     await self._read_prices(redis)
                     self._heard_at_s = time.monotonic()
         finally:
-            await _close(pubsub)
+            await close_in_time(pubsub)
 
     async def _receive(self, redis: Redis, message: dict[str, object]) -> None:
         if message["type"] == "subscribe":
@@ -231,8 +240,10 @@ class QuoteIntake:
                 await self._read_prices(redis)
             else:
                 for quote in frame.quotes:
-                    self._offer(quote)
+                    self._offer(quote, frame.received_ns)
             self.waiting.settled_ns = max(self.waiting.settled_ns, frame.settled_ns)
+            if frame.quotes:
+                self.arrived()
 
     async def _read_prices(self, redis: Redis) -> None:
         for value in (await redis.hgetall(redis_keys.PRICES)).values():
@@ -242,8 +253,9 @@ class QuoteIntake:
             except msgspec.MsgspecError as error:
                 _log.warning("bad_quote", reason=str(error))
         self.ready.set()
+        self.arrived()
 
-    def _offer(self, quote: Quote) -> None:
+    def _offer(self, quote: Quote, received_ns: int = 0) -> None:
         last = self._last.get(quote.symbol)
         if quote == last:
             return
@@ -253,12 +265,4 @@ class QuoteIntake:
                 return
             self._unheard_of_count += 1
         self._last[quote.symbol] = quote
-        self.waiting.add(quote)
-
-
-async def _close(client: Redis | PubSub) -> None:
-    try:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await client.aclose()
-    except AWAY:
-        _log.debug("close_failed")
+        self.waiting.add(quote, received_ns)

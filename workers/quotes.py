@@ -38,15 +38,16 @@ from contextlib import aclosing, suppress
 
 import msgspec
 import structlog
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from redis.asyncio import Redis
 
 from engine.assets import Asset, load_catalogue
 from engine.messages import Quote, QuoteFrame, quote_decoder, quote_encoder, quote_frame_encoder
 from engine.quotes import QuoteFilter, Verdict
-from engine.runtime.clock import SECOND_NS, Clock
+from engine.runtime.clock import SECOND_NS, Clock, MarketClock
 from engine.runtime.connections import AWAY, Outage, connect_postgres, connect_redis, stopped_within, wait_until
 from engine.runtime.settings import Settings
+from engine.runtime.telemetry import LATENCY_BUCKETS_S
 from engine.sessions import Markets
 from engine.stores.assets_postgres import get_classes
 from engine.stores.redis_keys import PRICES, QUOTES_CHANNEL
@@ -71,6 +72,11 @@ FRAMES = Counter(
 )
 GIVEN_UP = Counter("navstream_quotes_given_up_total", "Quotes before the latest that a long outage of Redis swallowed")
 REWRITES = Counter("navstream_prices_rewritten_total", "Times that all known prices were written again")
+TICK_TO_RECEIVED = Histogram(
+    "navstream_tick_to_received_seconds",
+    "From the instant on an accepted quote until it was taken in; not by a recorded market's clock",
+    buckets=LATENCY_BUCKETS_S,
+)
 SYMBOLS = Gauge("navstream_quotes_symbols", "Symbols with an accepted quote")
 
 _log = structlog.get_logger(__name__)
@@ -137,15 +143,18 @@ async def _restore(redis: Redis, quote_filter: QuoteFilter, now_ns: int) -> None
 async def _take_in(feed: Feed, clock: Clock, quote_filter: QuoteFilter, publisher: QuotesPublisher) -> None:
     """Judge what the feed yields, until it ends."""
     renumbered_log_at_s = 0.0
+    is_timed = not isinstance(clock, MarketClock)
     counters = {verdict: QUOTES.labels(verdict.value, feed.name) for verdict in Verdict}
     async with aclosing(feed.batches()) as batches:
         async for batch in batches:
-            now_ns = clock.now_ns()
+            now_ns, received_ns = clock.now_ns(), time.time_ns()
             for raw in batch:
                 verdict, quote = quote_filter.judge(raw, now_ns)
                 counters[verdict].inc()
                 if quote is not None:
-                    publisher.offer(quote)
+                    publisher.offer(quote, received_ns)
+                    if is_timed:
+                        TICK_TO_RECEIVED.observe(max(0, now_ns - quote.ts_event_ns) / 1e9)
                 if verdict is Verdict.RENUMBERED and time.monotonic() >= renumbered_log_at_s:
                     renumbered_log_at_s = time.monotonic() + RENUMBERED_LOG_INTERVAL_S
                     _log.warning("quotes_renumbered", symbol=raw.symbol, source=raw.source, sequence=raw.sequence)
@@ -208,8 +217,8 @@ class QuotesPublisher:
         self._settled_ns = 0
         self._publisher = uuid.uuid4().hex
         self._sequence = 0
-        # By symbol and second, in the order in which they were accepted.
-        self._unsent: dict[tuple[str, int], Quote] = {}
+        # By symbol and second, in the order in which they were accepted, each with the wall instant of that.
+        self._unsent: dict[tuple[str, int], tuple[Quote, int]] = {}
         self._written: set[str] = set()
         self._run_id = ""
         self._beat_at_s = 0.0
@@ -223,12 +232,12 @@ class QuotesPublisher:
         """What is known before the first offer was read from Redis, so it is written there."""
         self._written = set(self._known())
 
-    def offer(self, quote: Quote) -> None:
-        """Take an accepted quote; it replaces an unsent one of the same symbol and second."""
+    def offer(self, quote: Quote, received_ns: int) -> None:
+        """Take a quote, accepted at this wall instant; it replaces an unsent one of the same symbol and second."""
         # A second ends with its last nanosecond's successor: the instant of a boundary belongs to what is before it.
         key = quote.symbol, (quote.ts_event_ns - 1) // SECOND_NS
         self._unsent.pop(key, None)
-        self._unsent[key] = quote
+        self._unsent[key] = quote, received_ns
         if len(self._unsent) > UNSENT_COUNT_MAX:
             self._keep_latest()
 
@@ -249,24 +258,26 @@ class QuotesPublisher:
         try:
             await self._send(list(taken.values()))
         except BaseException:
-            for key, quote in self._unsent.items():  # what was offered meanwhile is newer
+            for key, offered in self._unsent.items():  # what was offered meanwhile is newer
                 taken.pop(key, None)
-                taken[key] = quote
+                taken[key] = offered
             self._unsent = taken
             raise
         self._written |= {symbol for symbol, _ in taken}
 
-    async def _send(self, quotes: list[Quote]) -> None:
+    async def _send(self, quotes: list[tuple[Quote, int]]) -> None:
         # All that was accepted by now is in these quotes.
         settled_ns = self._settle()
         pipe, kind = self._redis.pipeline(transaction=False), FRAMES.labels("quotes" if quotes else "heartbeat")
         for start in range(0, max(1, len(quotes)), FRAME_QUOTES_COUNT_MAX):
-            chunk = quotes[start : start + FRAME_QUOTES_COUNT_MAX]
+            part = quotes[start : start + FRAME_QUOTES_COUNT_MAX]
+            chunk, received_ns = [quote for quote, _ in part], min((at_ns for _, at_ns in part if at_ns), default=0)
             if chunk:
                 pipe.hset(PRICES, mapping={quote.symbol: quote_encoder.encode(quote) for quote in chunk})
             self._sequence += 1
             is_last = start + FRAME_QUOTES_COUNT_MAX >= len(quotes)
-            frame = QuoteFrame(self._publisher, self._sequence, settled_ns if is_last else self._settled_ns, chunk)
+            until_ns = settled_ns if is_last else self._settled_ns
+            frame = QuoteFrame(self._publisher, self._sequence, until_ns, chunk, received_ns)
             pipe.publish(QUOTES_CHANNEL, quote_frame_encoder.encode(frame))
             kind.inc()
         self._settled_ns = settled_ns
@@ -278,7 +289,7 @@ class QuotesPublisher:
         return max(self._settled_ns, self._clock.now_ns() - GRACE_NS if known_ns is None else known_ns)
 
     def _keep_latest(self) -> None:
-        latest = {symbol: (key, quote) for key, quote in self._unsent.items() for symbol in (key[0],)}
+        latest = {symbol: (key, offered) for key, offered in self._unsent.items() for symbol in (key[0],)}
         GIVEN_UP.inc(len(self._unsent) - len(latest))
         self._unsent = dict(latest.values())
 
@@ -296,7 +307,7 @@ class QuotesPublisher:
 
     def _rewrite(self, reason: str) -> None:
         # What is known is what was accepted last, so it includes the unsent.
-        self._unsent = {(symbol, quote.ts_event_ns): quote for symbol, quote in self._known().items()}
+        self._unsent = {(symbol, quote.ts_event_ns): (quote, 0) for symbol, quote in self._known().items()}
         self._written.clear()
         REWRITES.inc()
         _log.warning("prices_rewritten", reason=reason, symbols_count=len(self._unsent))

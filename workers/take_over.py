@@ -62,6 +62,7 @@ class TakeOver:
                 if all(self._time.last_cut(day_cut) == cut_at for day_cut, cut_at in loaded.cuts.items()):
                     break
                 _log.info("day_cut_while_loading", shard=lease.shard)
+        self._host.interest.taken(lease.shard)
         owned = OwnedShard(lease, loaded.next_offset, is_under_repair=loaded.is_under_repair)
         owned.cuts_due += loaded.estimated
         return owned

@@ -8,12 +8,15 @@ A flush never waits for PostgreSQL. What was seen and not written when the proce
 loads what PostgreSQL says, and as it flushes every mark at take-over, it sees whatever is beyond its bound still. For
 the same reason the portfolios of newly loaded thresholds are touched: they are compared at the next flush.
 
+A threshold watches its portfolio: it is flushed at the full rate, so that no value is passed over for long.
+
 The columns of a shard belong to one `OwnedShard`, because slots do; those of a former one are never looked at.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -30,6 +33,7 @@ from engine.runtime.settings import Settings
 from engine.stores.ledger_postgres import Fenced, Lease
 from engine.stores.thresholds_postgres import WatchedThresholds
 from engine.thresholds import Crossing, Thresholds
+from workers.interest import Interest
 from workers.owned_shard import OwnedShard
 
 TURN_INTERVAL_S = 0.2  # how soon the thresholds of a shard that was taken up are loaded
@@ -43,6 +47,7 @@ class Owner(Protocol):
 
     book: Book
     owned: dict[int, OwnedShard]
+    interest: Interest
 
     def lose(self, lease: Lease, reason: str) -> None: ...
 
@@ -150,6 +155,8 @@ class ThresholdWatch:
         for crossing in self._waiting.get(number, ()):
             thresholds.set_armed(crossing.threshold.threshold_id, not crossing.fired)
         self._watched[number] = _Watched(owned, thresholds)
+        names = {one.portfolio_id for one in here}
+        self._owner.interest.tell(number, "thresholds", names, complete=True, expires_at_s=math.inf)
         book.touch(thresholds.slots)
         return len(here) == len(loaded)
 

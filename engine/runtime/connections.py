@@ -14,12 +14,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 
 import asyncpg
 import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 from redis.asyncio.connection import (
     AbstractConnection,
     Connection,
@@ -47,6 +49,7 @@ AWAY: tuple[type[Exception], ...] = (
 )
 
 CHECK_TIMEOUT_S = 10  # one attempt of `wait_until`: longer than any healthy server takes to answer a ping
+CLOSE_TIMEOUT_S = 1
 REDIS_RETRIES_COUNT_MAX = 1  # covers the connection that an idle server closed; more would hide an outage
 REDIS_RETRY_DELAY_MS = 50
 KAFKA_LINGER_MS = 5  # a batch waits this long for company; unseen beside the acknowledgement's own latency
@@ -181,6 +184,13 @@ def connect_redis(settings: Settings, role: str) -> Redis:
     pool = client.connection_pool
     pool.connection_class = _CANCELLABLE[pool.connection_class]
     return client
+
+
+async def close_in_time(client: Redis | PubSub) -> None:
+    """Close, unless that takes too long: a frozen server must not hold its client up."""
+    with suppress(*AWAY):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await client.aclose()
 
 
 async def connect_postgres(settings: Settings, role: str) -> asyncpg.Pool:

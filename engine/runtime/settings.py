@@ -62,8 +62,13 @@ class Settings(BaseSettings):
     # Where a worker serves its metrics; 0 is nowhere. The API serves its own on its port.
     metrics_port: int = 0
 
-    # Marks reach hot state at most this long after the tick that moved them.
-    flush_interval_ms: int = Field(default=100, ge=5, le=10_000)
+    # Watched marks reach hot state at most this long after the tick that moved them: half of what a reader could tell.
+    flush_interval_ms: int = Field(default=10, ge=5, le=10_000)
+    # The others do within this, a hundredth of the writing; up to the interval above there is no difference. The
+    # reconciler's history of prices goes back 30 s, and a mark must not be older.
+    unwatched_flush_interval_ms: int = Field(default=1_000, ge=5, le=10_000)
+    # How often an API process tells evaluators all that is watched there. What is new is told at once.
+    interest_interval_ms: int = Field(default=2_000, ge=100, le=60_000)
     lease_duration_ms: int = Field(default=3_000, ge=1_000)
     lease_renewal_interval_ms: int = Field(default=1_000, ge=100)
     event_batch_count_max: int = Field(default=500, ge=1, le=10_000)

@@ -15,7 +15,7 @@ from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
 from engine.runtime.settings import Settings
 
-LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 EVENTS = Counter("navstream_events_total", "Portfolio events by outcome", ["outcome"])
 DEAD_LETTERS = Counter("navstream_dead_letters_total", "Events that will never be booked, by reason", ["code"])
@@ -43,11 +43,34 @@ ROWS_FLUSHED = Counter("navstream_marks_written_total", "Marks written to hot st
 MARKS_WITHHELD = Counter("navstream_marks_withheld_total", "Marks out of the showable range, not written")
 SHARDS_OWNED = Gauge("navstream_shards_owned", "Shards this evaluator owns")
 POSITIONS_HELD = Gauge("navstream_positions_held", "Open positions in the Book")
-TICK_TO_HOT = Histogram(
-    "navstream_tick_to_hot_seconds",
-    "Oldest quote of a flush until its marks are in hot state",
+# Where a quote's time goes, from when the quotes worker has it (workers.quotes).
+RECEIVED_TO_VALUED = Histogram(
+    "navstream_received_to_valued_seconds",
+    "Oldest quote of a flush, from the quotes worker until the Book has it",
     buckets=LATENCY_BUCKETS_S,
 )
+VALUED_TO_HOT = Histogram(
+    "navstream_valued_to_hot_seconds",
+    "From the Book's being at a flush's instant until its watched marks are in hot state",
+    buckets=LATENCY_BUCKETS_S,
+)
+TICK_TO_HOT = Histogram(
+    "navstream_tick_to_hot_seconds",
+    "Oldest quote of a flush until its watched marks are in hot state; not by a recorded market's clock",
+    buckets=LATENCY_BUCKETS_S,
+)
+FLUSH_WINDOW = Histogram(
+    "navstream_flush_window_seconds",
+    "From the beginning of a flush to that of the next; quotes of one symbol within it are conflated",
+    buckets=LATENCY_BUCKETS_S,
+)
+FLUSH_STAGE = Histogram(
+    "navstream_flush_stage_seconds",
+    "What a stage of a flush took: value, look (for badges), write, frames (of boundaries)",
+    ["stage"],
+    buckets=LATENCY_BUCKETS_S,
+)
+PORTFOLIOS_WATCHED = Gauge("navstream_portfolios_watched", "Portfolios that somebody watches, of this evaluator's")
 BOOKING_TIME = Histogram("navstream_booking_seconds", "One ledger transaction", buckets=LATENCY_BUCKETS_S)
 TAKE_OVER = Histogram(
     "navstream_take_over_seconds",

@@ -5,7 +5,8 @@ A flush is two commands in one round trip:
     HSET marks:{n}:<epoch> id mark id mark …       one variadic command for all changed portfolios
     EVAL publish                                    if the pointer still names this epoch: sequence, PUBLISH frame
 
-so a fenced evaluator can neither move a pointer nor publish; what it wrote lies under an epoch nobody reads.
+The frame has those of the marks that somebody watches. A fenced evaluator can neither move a pointer nor publish; what
+it wrote lies under an epoch nobody reads.
 A snapshot frame goes to the list `snapshots:{n}` by a script that compares the epoch as well.
 
 The bytes of the HSET are laid out once per portfolio as rows of a numpy record array (RESP header, id, mark) and
@@ -16,7 +17,7 @@ Positions and sectors are written by a script that compares the epoch inside Red
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -208,18 +209,25 @@ class HotStateWriter:
             await self._send([_hset(redis_keys.marks(shard, epoch), groups, len(slots))], 1)
         return groups
 
-    async def flush(self, header: FrameHeader, slots: NDArray[np.int64], marks: MarkArray) -> FlushOutcome:
-        """Write the changed marks and publish their frame. Without slots the frame is a heartbeat.
+    def flush(
+        self, header: FrameHeader, slots: NDArray[np.int64], marks: MarkArray, shown_count: int | None = None
+    ) -> Coroutine[Any, Any, FlushOutcome]:
+        """Write the changed marks and publish the frame of the first `shown_count`, by default all; it may have none.
 
-        Raises redis.exceptions.RedisError, OSError; the caller then counts the rows as changed again.
+        What is sent is made at once, and sent when it is awaited. That raises redis.exceptions.RedisError, OSError; the
+        caller then counts the rows as changed again.
         """
-        groups = self.layout.fill(slots, marks)
+        shown_count = len(slots) if shown_count is None else shown_count
+        groups = self.layout.fill(slots[:shown_count], marks[:shown_count])
         frame = frame_parts(header, ((n, rows["id"].tobytes(), rows["mark"].tobytes()) for n, rows in groups))
         key = redis_keys.marks(header.shard, header.epoch)
+        groups += self.layout.fill(slots[shown_count:], marks[shown_count:])
         commands = [_hset(key, groups, len(slots))] if groups else []
         commands.append(self._publish_command(header, frame))
-        outcome = (await self._send(commands, len(commands)))[-1]
-        return FlushOutcome(outcome)
+        return self._flush(commands)
+
+    async def _flush(self, commands: list[list[bytes]]) -> FlushOutcome:
+        return FlushOutcome((await self._send(commands, len(commands)))[-1])
 
     def encode(self, header: FrameHeader, slots: NDArray[np.int64], marks: MarkArray) -> bytes:
         """The frame of marks that are not flushed now: those of a boundary."""

@@ -25,8 +25,14 @@ def marks(n: int, epoch: int) -> str:
 
 
 def marks_channel(n: int) -> str:
-    """Channel: one frame (engine.marks) per flush."""
+    """Channel: one frame (engine.marks) per flush, with the watched ones of the marks that it wrote."""
     return f"marks:{{{n}}}"
+
+
+def interest_channel(n: int) -> str:
+    """Channel: which of the shard's portfolios somebody watches (engine.messages.InterestFrame); a hint, which may be
+    lost."""
+    return f"interest:{{{n}}}"
 
 
 def snapshots(n: int) -> str:

@@ -43,7 +43,7 @@ class Hot:
         self.answers: list[FlushOutcome | Exception] = []
         self.basis = ""
 
-    async def flush(self, header: FrameHeader, slots: object, marks: MarkArray) -> FlushOutcome:
+    async def flush(self, header: FrameHeader, slots: object, marks: MarkArray, shown_count: int) -> FlushOutcome:
         self.flushed.append((header, marks.copy()))
         return FlushOutcome.WRITTEN
 
