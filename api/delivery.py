@@ -3,23 +3,14 @@
     hub ──row──► Group (portfolio, projection): encodes once ──► Member (one subscription) ──► Outlet (one socket)
 
 A subscription whose selection was compiled (api/projection.py) becomes a `Member` of the `Group` of all that show the
-same of the same portfolio; its own task waits, and ends with it. What a member is sent, and when, is exactly what
-resolvers/streams.py says, which does the same for whatever can not be compiled:
+same of the same portfolio (api/groups.py, which says who is sent what, and when); its own task waits, and ends with it.
 
-    fresh      has seen no mark yet; the next one that its group is given is its SNAPSHOT, at once
-    idle       shows the group's newest values; a change is sent at once when the interval since the last message is
-               over (leading edge), else it is
-    pending    until then (trailing edge), in the timer wheel, or until its socket is writable
-    heartbeat  `heartbeat_s` after the last message, when the group's mark still holds; where it does not the heartbeat
-               is withheld, and the first mark that holds again is sent even if nothing selected changed
+All that one pass (a frame, a tick of the wheel, a socket becoming writable) has for one socket leaves in one write,
+WRITE_DELAY_S after the first of it. A socket that is not writable is written nothing and nothing is encoded for it; its
+members wait, each with its group's mark as its one slot, and no one else notices. One that stays so for
+`send_timeout_s` is given up: closed with 1013.
 
-The group keeps the newest mark and counts those it took; a member remembers the count at its last message, so that
-`conflated` is a difference and a mark costs nothing for those who wait. A mark is encoded once for all that are sent it
-with the same kind, `conflated`, mark before and latency.
-
-All that one pass (a frame, a tick of the wheel, a socket becoming writable) has for one socket leaves in one write. A
-socket that is not writable is written nothing and nothing is encoded for it; its members wait, each with the group's
-mark as its one slot, and no one else notices. One that stays so for `send_timeout_s` is given up: closed with 1013.
+Deadlines, which are trailing edges, heartbeats and sockets that are stuck, wait in one timer wheel.
 """
 
 from __future__ import annotations
@@ -27,18 +18,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Hashable
-from enum import Enum, auto
-from typing import Protocol, cast
+from typing import cast
 
+from api.groups import Group, Member, Projection, State
 from api.hub import Heard, Hub
 from api.metrics import Metrics
 from api.outlets import Outlet
 from api.wheel import Wheel
-from engine.marks import SEQUENCE_AT, Row
 from engine.stores.hot_state_reads import Place
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Info
-from resolvers.stream_kind import StreamKind
 
 # A trailing edge is this late at most; what falls due within it shares its writes.
 TICK_S = 0.005
@@ -46,276 +35,6 @@ TICK_S = 0.005
 WRITE_DELAY_S = 0.001
 # By so much a sum of instants may miss the instant that it means.
 _CLOCK_ERROR_S = 1e-4
-_SNAPSHOT, _UPDATE, _RESET, _HEARTBEAT = StreamKind.SNAPSHOT, StreamKind.UPDATE, StreamKind.RESET, StreamKind.HEARTBEAT
-
-
-class Projection(Protocol):
-    """What of a mark a subscription shows (api/projection.py)."""
-
-    @property
-    def key(self) -> Hashable: ...
-
-    @property
-    def compares_before(self) -> bool: ...
-
-    @property
-    def shows_latency(self) -> bool: ...
-
-    def values(self, row: Row) -> Hashable: ...
-
-    def encode(
-        self,
-        portfolio_id: str,
-        row: Row,
-        epoch: int,
-        kind: StreamKind,
-        conflated: int,
-        latency_ms: float | None,
-        before: Row | None,
-    ) -> bytes: ...
-
-
-class State(Enum):
-    FRESH = auto()
-    IDLE = auto()
-    PENDING = auto()
-    GONE = auto()
-
-
-class Member:
-    """One subscription. `prefix` is what goes before each payload on its socket.
-
-    base_count     the group's count of marks at the last message
-    epoch, shown   those of the last message; the epoch is -1 before the first
-    before         the mark of the last message, where the projection compares with it
-    edge_tick      where it waits in the wheel for its trailing edge; -1 when it does not
-    beat_tick      where it waits in the wheel for its heartbeat. It is not moved with every message: when it falls due,
-                   it is put to where it should be by then
-    """
-
-    __slots__ = (
-        "base_count",
-        "beat_s",
-        "beat_tick",
-        "before",
-        "edge_tick",
-        "epoch",
-        "group",
-        "interval_s",
-        "outlet",
-        "prefix",
-        "sent_s",
-        "shown",
-        "state",
-        "withheld",
-    )
-
-    def __init__(self, group: Group, outlet: Outlet, prefix: bytes, interval_s: float, now_s: float) -> None:
-        self.group = group
-        self.outlet = outlet
-        self.prefix = prefix
-        self.interval_s = interval_s
-        self.sent_s = now_s - interval_s
-        self.beat_s = now_s
-        self.base_count = 0
-        self.epoch = -1
-        self.shown: Hashable = None
-        self.before: Row | None = None
-        self.state = State.FRESH
-        self.withheld = False
-        self.edge_tick = -1
-        self.beat_tick = -1
-
-
-class Group:
-    """The members that show the same of one portfolio, and the newest mark; the hub puts the marks."""
-
-    __slots__ = (
-        "cache",
-        "cache_latency_ms",
-        "compares_before",
-        "count",
-        "current",
-        "deliveries",
-        "epoch",
-        "fresh",
-        "heard",
-        "idle",
-        "is_stale",
-        "key",
-        "members_count",
-        "place",
-        "projection",
-        "row",
-        "sequence",
-        "shows_latency",
-        "values",
-        "withheld_count",
-    )
-
-    def __init__(self, deliveries: Deliveries, key: tuple[Place, Hashable], projection: Projection) -> None:
-        self.deliveries = deliveries
-        self.key = key
-        self.place = key[0]
-        self.projection = projection
-        self.compares_before = projection.compares_before
-        self.shows_latency = projection.shows_latency
-        self.epoch = self.sequence = -1
-        self.row: Row = ()
-        self.values: Hashable = None
-        self.heard: Heard | None = None
-        self.current = False
-        self.is_stale = False  # whether `values` are of an older mark: everyone waits, so nobody compared
-        self.count = 0
-        self.members_count = 0
-        self.withheld_count = 0
-        self.fresh: list[Member] = []
-        self.idle: list[Member] = []
-        self.cache: dict[tuple[StreamKind, int, int], bytes] = {}
-        self.cache_latency_ms: float | None = None
-
-    def put(self, row: Row, epoch: int, current: bool, heard: Heard | None) -> None:
-        sequence = row[SEQUENCE_AT]
-        if epoch > self.epoch or (epoch == self.epoch and sequence > self.sequence):
-            self.count += 1
-            changed = epoch != self.epoch
-            self.epoch, self.sequence = epoch, sequence
-        elif epoch == self.epoch and sequence == self.sequence and current and not self.current:
-            changed = False
-        else:
-            # Older, or the same again. Whoever has seen nothing yet is shown what is known.
-            if self.fresh:
-                self._refresh()
-                self._begin()
-            return
-        self.row, self.heard = row, heard
-        self.current = self.current or current
-        if self.cache:
-            self.cache.clear()
-        if self.idle or self.fresh:
-            values = self.projection.values(row)
-            self.is_stale = False
-            if changed or values != self.values:
-                self.values = values
-                self._offer()
-            elif self.withheld_count and self.current:
-                self._resume()
-            if self.fresh:
-                self._begin()
-        else:
-            self.is_stale = True
-
-    def lose(self) -> None:
-        self.current = False
-
-    def _begin(self) -> None:
-        """What is put now is the first mark of those who are fresh."""
-        fresh, self.fresh = self.fresh, []
-        now_s = self.deliveries.now_s()
-        for member in fresh:
-            member.base_count = self.count - 1
-            self._take_or_wait(member, now_s)
-
-    def _offer(self) -> None:
-        """Something selected changed: everyone who is idle is shown it, now or when the interval is over."""
-        now_s = self.deliveries.now_s()
-        offered, self.idle = self.idle, []
-        for member in offered:
-            self._take_or_wait(member, now_s)
-
-    def _resume(self) -> None:
-        """The values hold again: those who were told nothing for that reason are told now."""
-        now_s = self.deliveries.now_s()
-        offered = [member for member in self.idle if member.withheld]
-        self.idle = [member for member in self.idle if not member.withheld]
-        for member in offered:
-            self._take_or_wait(member, now_s)
-
-    def _take_or_wait(self, member: Member, now_s: float) -> None:
-        edge_s = member.sent_s + member.interval_s
-        if not member.outlet.is_writable:
-            member.state = State.PENDING
-            member.outlet.waiting[member] = None
-        elif now_s < edge_s:
-            member.state = State.PENDING
-            member.edge_tick = self.deliveries.schedule(edge_s, member)
-        else:
-            self._send(member, now_s)
-
-    def take(self, member: Member, now_s: float) -> None:
-        """A pending member's interval is over and its socket is writable."""
-        self._refresh()
-        resumed = member.withheld and self.current
-        if member.epoch == self.epoch and member.shown == self.values and not resumed:
-            self._rest(member)
-        else:
-            self._send(member, now_s)
-
-    def _send(self, member: Member, now_s: float) -> None:
-        kind, before = _UPDATE, member.before
-        if member.epoch != self.epoch:
-            kind, before = (_SNAPSHOT if member.epoch < 0 else _RESET), None
-            member.epoch = self.epoch
-        payload = self._encode(kind, self.count - member.base_count or 1, before)
-        self.deliveries.send(member, payload, self.heard)
-        member.base_count = self.count
-        member.shown = self.values
-        if self.compares_before:
-            member.before = self.row
-        if member.withheld and self.current:
-            self._withhold(member, False)
-        member.sent_s = member.beat_s = now_s
-        self._rest(member)
-
-    def _rest(self, member: Member) -> None:
-        member.state = State.IDLE
-        self.idle.append(member)
-        if member.beat_tick < 0:
-            member.beat_tick = self.deliveries.schedule_beat(member)
-
-    def beat(self, member: Member, now_s: float) -> None:
-        """An idle member was sent nothing for long, and its socket is writable."""
-        if self.current:
-            payload = self._encode(_HEARTBEAT, 0, None)
-            self.deliveries.send(member, payload, None)
-            member.sent_s = now_s
-        else:
-            self._withhold(member, True)
-        member.beat_s = now_s
-        member.beat_tick = self.deliveries.schedule_beat(member)
-
-    def _refresh(self) -> None:
-        if self.is_stale:
-            self.values, self.is_stale = self.projection.values(self.row), False
-
-    def _withhold(self, member: Member, withheld: bool) -> None:
-        self.withheld_count += withheld - member.withheld
-        member.withheld = withheld
-
-    def _encode(self, kind: StreamKind, conflated: int, before: Row | None) -> bytes:
-        latency_ms = None
-        if self.shows_latency and (kind is _UPDATE or kind is _RESET):
-            latency_ms = self.deliveries.latency_ms(self.heard)
-            if latency_ms != self.cache_latency_ms:
-                self.cache.clear()
-                self.cache_latency_ms = latency_ms
-        if self.members_count == 1:
-            return self.projection.encode(self.place[1], self.row, self.epoch, kind, conflated, latency_ms, before)
-        # Within an epoch a sequence names a mark; -1 is none.
-        key = (kind, conflated, -1 if before is None else before[SEQUENCE_AT])
-        payload = self.cache.get(key)
-        if payload is None:
-            payload = self.projection.encode(self.place[1], self.row, self.epoch, kind, conflated, latency_ms, before)
-            self.cache[key] = payload
-        return payload
-
-    def forget(self, member: Member) -> None:
-        self._withhold(member, False)
-        self.members_count -= 1
-        if member.state is State.IDLE:
-            self.idle.remove(member)
-        elif member.state is State.FRESH:
-            self.fresh.remove(member)
 
 
 class Deliveries:
@@ -329,6 +48,7 @@ class Deliveries:
         heartbeat_s: float,
         send_timeout_s: float,
         tick_s: float = TICK_S,
+        write_delay_s: float = WRITE_DELAY_S,
     ) -> None:
         self.compile_projection = compile_projection
         self._hub = hub
@@ -336,6 +56,7 @@ class Deliveries:
         self._heartbeat_s = heartbeat_s
         self._send_timeout_s = send_timeout_s
         self._groups: dict[tuple[Place, Hashable], Group] = {}
+        self._write_delay_s = write_delay_s
         self._wheel: Wheel[Member | Outlet] = Wheel(tick_s)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
@@ -399,7 +120,7 @@ class Deliveries:
         if not outlet.parts:
             if not self._touched:
                 self._written_ns = time.time_ns()
-                self._running_loop().call_later(WRITE_DELAY_S, self._flush)
+                self._running_loop().call_later(self._write_delay_s, self._flush)
             self._touched.append(outlet)
         outlet.add(member.prefix, payload)
         self._messages_count += 1

@@ -16,7 +16,8 @@ import orjson
 from api.socket_protocol import DirectSocket, text_frame_head
 
 if TYPE_CHECKING:
-    from api.delivery import Deliveries, Member
+    from api.delivery import Deliveries
+    from api.groups import Member
 
 
 class Outlet(ABC):
