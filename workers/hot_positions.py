@@ -26,9 +26,10 @@ import structlog
 
 from engine.book import Book
 from engine.portfolio import Position
-from engine.posting import PositionsChange, allocation, hot_position
+from engine.posting import PositionsChange, hot_position
 from engine.runtime.clock import Clock, MarketClock
 from engine.runtime.connections import AWAY
+from engine.sectors import sum_up
 from engine.stores.hot_state_former import FormerHotState
 from engine.stores.hot_state_redis import HotStateWriter
 from engine.stores.ledger_postgres import Lease
@@ -127,10 +128,11 @@ class HotPositions:
         return False
 
     def _all_of(self, portfolio_id: str, held: dict[str, Position]) -> PositionsChange:
-        book, splits_of = self._host.book, self._host.actions.splits_of
+        splits_of, sector_of = self._host.actions.splits_of, self._host.sectors.sector_of
+        valued = self._host.book.held(portfolio_id)
+        day_bases = {one.symbol: one.day_base for one in valued}
         positions = {
-            symbol: hot_position(position, book.position_day_base(portfolio_id, symbol), splits_of(symbol))
-            for symbol, position in held.items()
+            symbol: hot_position(position, day_bases[symbol], splits_of(symbol)) for symbol, position in held.items()
         }
-        sectors = allocation(book, portfolio_id, self._host.sectors.sector_of)
+        sectors = sum_up((sector_of(one.symbol), one.value) for one in valued)
         return PositionsChange(portfolio_id, replace=True, closed=(), positions=positions, sectors=sectors)

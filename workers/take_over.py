@@ -86,8 +86,6 @@ class TakeOver:
             behind = slots if is_whole else await self._behind(former, number, slots)
             if not await self._positions.write_again(owned, book.portfolio_ids(behind)):
                 return
-            if is_whole:
-                await self._positions.tell_basis(owned, basis)
             owned.sequence += 1  # these marks are newer than any flushed before them
             owned.flushed_sequence = owned.sequence
             await self._write_marks(owned, slots)

@@ -206,6 +206,16 @@ async def test_a_shard_loaded_again_under_its_own_lease_is_compared_with_its_own
     await life.check()
 
 
+async def test_a_shard_that_has_no_position_is_taken_over(
+    monkeypatch: pytest.MonkeyPatch, ledger: ShardLedger, redis: Redis
+) -> None:
+    await ledger.admin.execute("DELETE FROM position")
+    async with started(monkeypatch, ledger, redis) as life:
+        await life.live()
+        await life.check()
+        assert (await life.state())["p-1"][0] == {}
+
+
 # -- what else is in them ------------------------------------------------------------------------------------------
 
 
