@@ -46,6 +46,7 @@ from workers.badge_proving import BadgeProving
 from workers.batch_posting import post_in_steps
 from workers.corporate_actions import ActionSchedule
 from workers.dead_letters import bury
+from workers.event_gathering import gather_events
 from workers.flusher import Flusher, OwnedShard
 from workers.hot_positions import HotPositions
 from workers.interest import Interest
@@ -320,10 +321,9 @@ class Evaluator:
         if not self.owned:
             await asyncio.sleep(POLL_TIMEOUT_MS / 1_000)
             return
-        fetched = await self._consumer.getmany(
-            timeout_ms=self.booking.patience_ms(POLL_TIMEOUT_MS),
-            max_records=self._settings.event_batch_count_max,
-        )
+        patience_ms = self.booking.patience_ms(POLL_TIMEOUT_MS)
+        share = max(1, self._settings.event_batch_count_max // len(self.owned))
+        fetched = await gather_events(self._consumer, patience_ms, share)
         self.flusher.catch_up()
         announced = {p.partition: fetched.pop(p) for p in list(fetched) if p.topic == self._settings.actions_topic}
         if announced and 0 in self.owned:

@@ -71,7 +71,9 @@ class Settings(BaseSettings):
     interest_interval_ms: int = Field(default=2_000, ge=100, le=60_000)
     lease_duration_ms: int = Field(default=3_000, ge=1_000)
     lease_renewal_interval_ms: int = Field(default=1_000, ge=100)
-    event_batch_count_max: int = Field(default=500, ge=1, le=10_000)
+    # Of one poll, shared evenly by an evaluator's shards: so many take a fifth of a second, for which boundaries may
+    # have to wait.
+    event_batch_count_max: int = Field(default=1_000, ge=1, le=10_000)
     # A price older than this is flagged STALE, or CLOSED while its market is (engine.sessions).
     stale_after_s: int = Field(default=900, ge=1)
     # The exchange (of exchange_calendars) whose sessions a class of assets has; empty never closes.

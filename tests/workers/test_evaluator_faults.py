@@ -157,17 +157,18 @@ async def test_a_renewal_does_not_count_what_is_about_to_be_let_go_as_surplus_ag
 async def test_every_batch_of_a_fetch_comes_to_an_end_before_the_next_fetch(alone: Evaluator) -> None:
     own(alone, 0, 1)
     ended = []
+    waiting = {TopicPartition("topic", shard): [SimpleNamespace(offset=0, key=b"", value=b"")] for shard in (0, 1)}
 
-    async def getmany(**_: object) -> dict[Any, Any]:
-        fetched = SimpleNamespace(offset=0, key=b"", value=b"")
-        return {TopicPartition("topic", shard): [fetched] for shard in (0, 1)}
+    async def getmany(*asked: TopicPartition, **_: object) -> dict[Any, Any]:
+        return {one: waiting.pop(one) for one in asked if one in waiting}
 
     async def book(of: Lease, *_: object) -> None:
         await asyncio.sleep(0.05 * of.shard)
         ended.append(of.shard)
         raise ConnectionResetError
 
-    alone._consumer, alone.producer = SimpleNamespace(getmany=getmany), SimpleNamespace()
+    alone._consumer = SimpleNamespace(getmany=getmany, assignment=lambda: set(waiting))
+    alone.producer = SimpleNamespace()
     alone._ledger = SimpleNamespace(book=book)  # type: ignore[assignment]
     with pytest.raises(ConnectionResetError):
         await alone._poll()
