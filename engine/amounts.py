@@ -160,11 +160,11 @@ def plain(value: Decimal) -> str:
 
 
 def scaled_text(number: int, digits: int) -> str:
-    """`plain` of number × 10^−digits, without making a Decimal of it."""
-    if number < 0:
-        return f"-{scaled_text(-number, digits)}"
-    whole, rest = divmod(number, 10**digits)
-    return f"{whole}.{rest:0{digits}}".rstrip("0") if rest else str(whole)
+    """`plain` of number × 10^−digits, without making a Decimal of it; digits ≥ 1."""
+    text = str(number)
+    if len(text) <= digits + 1:
+        text = text.zfill(digits + 2 if number < 0 else digits + 1)
+    return f"{text[:-digits]}.{text[-digits:]}".rstrip("0").rstrip(".")
 
 
 def decimals_of(value: Decimal) -> int:

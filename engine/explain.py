@@ -21,8 +21,9 @@ All amounts are whole micro-units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter, sub
 
 from engine.as_of import NOTHING, Effects
 from engine.marks import Mark
@@ -38,18 +39,21 @@ class Parts:
     corporate: int = 0
 
     def __add__(self, other: Parts) -> Parts:
-        return Parts(*(getattr(self, name) + getattr(other, name) for name in _PARTS))
+        return Parts(*(getattr(self, name) + getattr(other, name) for name in PARTS))
 
     @property
     def nav_change(self) -> int:
-        return sum(getattr(self, name) for name in _PARTS)
+        return sum(getattr(self, name) for name in PARTS)
 
     @property
     def pnl(self) -> int:
         return self.nav_change - self.flows
 
 
-_PARTS = tuple(one.name for one in fields(Parts))
+PARTS = tuple(one.name for one in fields(Parts))
+# The columns of a mark that say why NAV moved.
+SUMS = ("nav", "trading", "fees", "income", "flows", "corporate")
+_sums: Callable[[Mark], tuple[int, ...]] = attrgetter(*SUMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +103,13 @@ def explain(begin: Worth, end: Worth, effects: Mapping[str | None, Effects]) -> 
 
 def between(before: Mark, after: Mark) -> Parts:
     """The parts between two marks of a portfolio, from their running sums."""
-    trading, corporate = after.trading - before.trading, after.corporate - before.corporate
-    income, flows = after.income - before.income, after.flows - before.flows
-    fees = before.fees - after.fees
-    price = after.nav - before.nav - trading - fees - income - flows - corporate
-    return Parts(price, trading, fees, income, flows, corporate)
+    return Parts(*differences(_sums(before), _sums(after)))
+
+
+def differences(before: Sequence[int], after: Sequence[int]) -> tuple[int, int, int, int, int, int]:
+    """PARTS between two marks of which these are the SUMS."""
+    nav, trading, fees, income, flows, corporate = map(sub, after, before)
+    return nav - trading + fees - income - flows - corporate, trading, -fees, income, flows, corporate
 
 
 def sum_parts(parts: Iterable[Parts]) -> Parts:

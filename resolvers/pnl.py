@@ -13,7 +13,7 @@ from decimal import Decimal
 import strawberry
 
 from engine.amounts import from_micro
-from engine.explain import Parts, between
+from engine.explain import SUMS, Parts, between
 from engine.marks import Mark
 from resolvers.context import Info
 from resolvers.fields import resolved
@@ -88,7 +88,7 @@ PNL_FIELDS: Fields = MARK_FIELDS | {
     "day_pnl_ratio": MarkField("day_pnl_ratio_e12", Shown.RATIO),
     "day_cut_at": MarkField("day_cut_at_ns", Shown.INSTANT),
     "change": ChangeField(
-        columns=("nav", "trading", "fees", "income", "flows", "corporate"),
+        columns=SUMS,
         parts=_PARTS | {"nav": "nav_change"},
     ),
 }
