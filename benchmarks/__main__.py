@@ -16,6 +16,7 @@ from benchmarks import (
     ledger,
     million,
     pipeline,
+    projection,
     recovery,
     seed_system,
 )
@@ -33,6 +34,7 @@ BENCHMARKS = {
     "million": million.run,
     "recovery": recovery.run,
     "pipeline": pipeline.run,
+    "projection": projection.run,
     "seed_system": seed_system.run,
 }
 
