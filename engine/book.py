@@ -225,7 +225,7 @@ class Book(PricedPositions):
     def values_of(self, slots: Int64s) -> list[dict[str, int]]:
         """Of each slot the open positions' present values by symbol, in micro-units."""
         values: list[dict[str, int]] = [{} for _ in range(len(slots))]
-        symbols = [column.symbol for column in self._numbered]
+        symbols = [column.symbol for column in self._columns.by_number]
         for shelf, cells, places in self._holdings.cells(slots):
             of_cells = zip(
                 places.tolist(), shelf.asset[cells].tolist(), self._values_at(shelf, cells).tolist(), strict=True

@@ -66,10 +66,48 @@ class HeldValue:
     missing: bool
 
 
+class Columns:
+    """The columns by symbol and by number; and as arrays by number, so that a window tries all of its prices at once,
+    each one's scale, per_price and units_max."""
+
+    def __init__(self) -> None:
+        self.by_symbol: dict[str, Column] = {}
+        self.by_number: list[Column] = []
+        self.scale: Float64s = np.zeros(COLUMN_CAPACITY_MIN, np.float64)
+        self.per_price: Float64s = np.zeros(COLUMN_CAPACITY_MIN, np.float64)
+        self.units_max: Float64s = np.zeros(COLUMN_CAPACITY_MIN, np.float64)
+
+    def __len__(self) -> int:
+        return len(self.by_number)
+
+    def get(self, symbol: str) -> Column | None:
+        return self.by_symbol.get(symbol)
+
+    def of(self, symbol: str) -> Column:
+        """The symbol's column, new when there was none."""
+        column = self.by_symbol.get(symbol)
+        if column is None:
+            if len(self) == len(self.scale):
+                for name in ("scale", "per_price", "units_max"):
+                    setattr(self, name, resized(getattr(self, name), 2 * len(self)))
+            column = self.by_symbol[symbol] = Column(symbol, self)
+            self.by_number.append(column)
+        return column
+
+    def put_scales(self, numbers: Slots, scales: Float64s) -> None:
+        self.scale[numbers] = scales
+        for number, scale in zip(numbers.tolist(), scales.tolist(), strict=True):
+            self.by_number[number]._scale = scale
+
+
 class Column:
     """`quality` is that of the price, one for all holders; MISSING until there is one."""
 
     __slots__ = (
+        "_columns",
+        "_per_price",
+        "_scale",
+        "_units_max",
         "condition",
         "count",
         "decimals",
@@ -78,24 +116,22 @@ class Column:
         "number",
         "price",
         "quality",
-        "scale",
         "symbol",
         "ts_event_ns",
         "units",
-        "units_max",
         "value",
-        "whole_per_price",
     )
 
-    def __init__(self, symbol: str, number: int) -> None:
+    def __init__(self, symbol: str, columns: Columns) -> None:
         self.symbol = symbol
-        self.number = number
+        self.number = len(columns)
+        self._columns = columns
+        self.scale = NOT_WHOLE
         self.count = 0
         self.holder: Slots = np.zeros(COLUMN_CAPACITY_MIN, np.intp)
         self.units: Float64s = np.zeros(COLUMN_CAPACITY_MIN, np.float64)
         self.value: Int64s | None = np.zeros(COLUMN_CAPACITY_MIN, np.int64)
         self.price: Decimal | None = None
-        self.scale = NOT_WHOLE
         self.ts_event_ns = 0
         self.condition: Condition = ""
         self.quality = MarkQuality.MISSING
@@ -103,8 +139,36 @@ class Column:
 
     def _forget_quantities(self) -> None:
         self.is_ragged, self.decimals = False, 0
-        self.units_max = float(0)  # bounds what is in the column; too wide is merely slower
-        self.whole_per_price = POWERS_OF_TEN[MICRO_DIGITS]  # scale / price; 0 where no price makes a whole scale
+        self.units_max, self.per_price = float(0), POWERS_OF_TEN[MICRO_DIGITS]
+
+    # What follows is in the arrays of all columns as well.
+
+    @property
+    def scale(self) -> float:
+        """By which units become values; NOT_WHOLE where values are kept."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._scale = self._columns.scale[self.number] = scale
+
+    @property
+    def per_price(self) -> float:
+        """scale / price; 0 where no price makes a whole scale."""
+        return self._per_price
+
+    @per_price.setter
+    def per_price(self, per_price: float) -> None:
+        self._per_price = self._columns.per_price[self.number] = per_price
+
+    @property
+    def units_max(self) -> float:
+        """Bounds the units in the column; too wide is merely slower."""
+        return self._units_max
+
+    @units_max.setter
+    def units_max(self, units_max: float) -> None:
+        self._units_max = self._columns.units_max[self.number] = units_max
 
     # -- rows --------------------------------------------------------------------------------------------------
 
@@ -192,10 +256,10 @@ class Column:
         if max(nearest(quantity_max * POWERS_OF_TEN[decimals]), self.units_max * tens) <= UNITS_MAX:
             self.units[: self.count] *= tens
             self.decimals, self.units_max = decimals, self.units_max * tens
-            self.whole_per_price = POWERS_OF_TEN[MICRO_DIGITS - decimals] if decimals <= MICRO_DIGITS else NOT_WHOLE
+            self.per_price = POWERS_OF_TEN[MICRO_DIGITS - decimals] if decimals <= MICRO_DIGITS else NOT_WHOLE
         else:
             self.units[: self.count] = self.quantities()
-            self.is_ragged, self.decimals, self.whole_per_price = True, 0, NOT_WHOLE
+            self.is_ragged, self.decimals, self.per_price = True, 0, NOT_WHOLE
         if was_whole:
             self._forget_values()
 
@@ -250,8 +314,9 @@ class Column:
 
     def scale_at(self, price: float) -> float:
         """The scale at a price; NOT_WHOLE when the column is not whole at it."""
-        scale = nearest(price * self.whole_per_price)
-        whole = scale and scale <= UNITS_MAX and scale / self.whole_per_price == price
+        per_price = self.per_price
+        scale = nearest(price * per_price)
+        whole = scale and scale <= UNITS_MAX and scale / per_price == price
         return scale if whole and scale * self.units_max < WHOLE_MAX else NOT_WHOLE
 
     def reprice(self, price: Decimal, scale: float, cost_of: Callable[[int], int]) -> Int64s:

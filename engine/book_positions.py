@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.amounts import decimals_of
 from engine.book_accounts import Holding
-from engine.book_columns import NOT_WHOLE, Column, Float64s, Int64s, Slots, resized
+from engine.book_columns import NOT_WHOLE, Column, Columns, Float64s, Int64s, Slots, resized
 from engine.book_holdings import UNUSED, Cell, Holdings, Int32s, Shelf, grouped
 from engine.book_window import PriceQuote, Way, moves, product_ns, slices_ns
 from engine.marks import MarkQuality
@@ -36,9 +36,7 @@ class PricedPositions:
     quality_count: Int32s
 
     def __init__(self) -> None:
-        self._columns: dict[str, Column] = {}
-        # By the number of an asset: its column.
-        self._numbered: list[Column] = []
+        self._columns = Columns()
         self._holdings = Holdings()
         self.positions_value = self.cost = np.zeros(0, np.int64)
         self.dirty = np.zeros(0, np.bool_)
@@ -53,28 +51,21 @@ class PricedPositions:
 
     @property
     def positions_count(self) -> int:
-        return sum(column.count for column in self._columns.values())
+        return sum(column.count for column in self._columns.by_number)
 
     @property
     def symbols(self) -> Iterable[str]:
-        return self._columns.keys()
+        return self._columns.by_symbol.keys()
 
     # -- positions -------------------------------------------------------------------------------------------
 
     def _set(self, slot: int, holding: Holding) -> None:
-        column = self._column(holding.symbol)
+        column = self._columns.of(holding.symbol)
         cell = self._holdings.find(slot, column.number)
         if holding.quantity:
             self._put(column, slot, cell, holding)
         elif cell is not None:
             self._remove(column, slot, *cell)
-
-    def _column(self, symbol: str) -> Column:
-        column = self._columns.get(symbol)
-        if column is None:
-            column = self._columns[symbol] = Column(symbol, len(self._numbered))
-            self._numbered.append(column)
-        return column
 
     def _put(self, column: Column, slot: int, cell: Cell | None, holding: Holding) -> None:
         quantity = float(holding.quantity)
@@ -130,10 +121,10 @@ class PricedPositions:
         day_base: Int64s,
     ) -> None:
         """The positions of slots that hold nothing yet, the n-th of `slots[holder[n]]` in `symbols[asset[n]]`."""
-        assets = np.array([self._column(symbol).number for symbol in symbols], np.int64)[asset]
+        assets = np.array([self._columns.of(symbol).number for symbol in symbols], np.int64)[asset]
         units, rows, owner = np.zeros(len(holder)), np.zeros(len(holder), np.intp), slots[holder]
         for number, mine in grouped(assets):
-            column = self._numbered[number]
+            column = self._columns.by_number[number]
             units[mine] = self._admit(column, quantity[mine], quantity_decimals[mine])
             values = column.values_of(units[mine], cost[mine])
             rows[mine] = column.append_many(owner[mine], units[mine], values) + np.arange(len(mine))
@@ -153,27 +144,28 @@ class PricedPositions:
 
     def _drop_positions(self, slots: Slots) -> None:
         for number, rows in self._holdings.by_asset(slots):
-            moved_to, moved = self._numbered[number].remove_many(rows)
+            moved_to, moved = self._columns.by_number[number].remove_many(rows)
             self._holdings.put_rows(number, moved, moved_to)
         self._holdings.drop(slots)
 
     def _valued(self, slot: int) -> list[tuple[Column, int]]:
         """The columns of the open positions, with their present values."""
         shelf, cells = self._holdings.of(slot)
-        columns, rows = self._numbered, shelf.row[cells].tolist()
+        assets, columns = shelf.asset[cells], self._columns.by_number
+        found = zip(assets.tolist(), self._columns.scale[assets].tolist(), strict=True)
+        units, rows = shelf.units[cells].tolist(), shelf.row[cells].tolist()
         return [
-            (column, int(units * column.scale) if column.value is None else column.value.item(row))
-            for number, row, units in zip(shelf.asset[cells].tolist(), rows, shelf.units[cells].tolist(), strict=True)
-            for column in (columns[number],)
+            (columns[number], int(of * scale) if scale else columns[number].value_at(row))
+            for (number, scale), of, row in zip(found, units, rows, strict=True)
         ]
 
     def _values_at(self, shelf: Shelf, cells: Slots) -> Int64s:
         assets, rows = shelf.asset[cells], shelf.row[cells]
-        scales = np.array([column.scale for column in self._numbered])[assets]
+        scales = self._columns.scale[assets]
         values: Int64s = (shelf.units[cells] * scales).astype(np.int64)
         kept = np.flatnonzero(scales == NOT_WHOLE)
         for number in np.unique(assets[kept]).tolist():
-            mine, of = kept[assets[kept] == number], self._numbered[number].value
+            mine, of = kept[assets[kept] == number], self._columns.by_number[number].value
             assert of is not None
             values[mine] = of[rows[mine]]
         return values
@@ -199,7 +191,7 @@ class PricedPositions:
 
         The price is taken for fresh: its quality is what `condition` says, else LIVE, until `set_quality`.
         """
-        column = self._column(symbol)
+        column = self._columns.of(symbol)
         if price != column.price:
             self._reprice(column, price, column.scale_at(float(price)))
         column.price, column.ts_event_ns, column.condition = price, ts_event_ns, condition
@@ -209,27 +201,25 @@ class PricedPositions:
 
     def tick_all(self, quotes: Sequence[PriceQuote], way: Way | None = None) -> list[int]:
         """As `tick` for each of a window's quotes, by the cheaper way (engine.book_window) unless one is given."""
-        columns = [self._columns.get(quote[0]) or self._column(quote[0]) for quote in quotes]
+        columns = [self._columns.get(quote[0]) or self._columns.of(quote[0]) for quote in quotes]
         counts, limit_ns = [column.count for column in columns], product_ns(self._holdings)
         is_small = way is None and slices_ns(counts) <= limit_ns
         if is_small or way is Way.SLICES or len(set(columns)) < len(columns):
             return [self.tick(*quote) for quote in quotes]
-        before, after, able = moves(columns, [quote[1] for quote in quotes], self._holdings.width_max)
+        numbers = np.array([column.number for column in columns], np.intp)
+        after, able = moves(self._columns, numbers, [quote[1] for quote in quotes], self._holdings.width_max)
         if way is Way.PRODUCT or slices_ns(np.array(counts)[able].tolist()) > limit_ns:
-            self._move_all([columns[at] for at in np.flatnonzero(able).tolist()], before[able], after[able])
+            self._move_all(numbers[able], after[able])
         else:
             able[:] = False
         for at in np.flatnonzero(~able).tolist():
-            self._move_to(columns[at], quotes[at][1], float(after[at]))
+            if quotes[at][1] != columns[at].price:
+                self._reprice(columns[at], quotes[at][1], float(after[at]))
         for column, (_, price, ts_event_ns, condition) in zip(columns, quotes, strict=True):
             column.price, column.ts_event_ns, column.condition = price, ts_event_ns, condition
             if column.quality is not _SAID[condition]:
                 self._change_quality(column, _SAID[condition])
         return counts
-
-    def _move_to(self, column: Column, price: Decimal, scale: float) -> None:
-        if price != column.price:
-            self._reprice(column, price, scale)
 
     def _reprice(self, column: Column, price: Decimal, scale: float) -> None:
         holder = column.holder[: column.count]
@@ -238,12 +228,11 @@ class PricedPositions:
         np.add.at(self.positions_value, holder, change)
         self.dirty[holder] = True
 
-    def _move_all(self, columns: Sequence[Column], before: Float64s, after: Float64s) -> None:
-        of_assets = np.zeros(len(self._numbered))
-        of_assets[[column.number for column in columns]] = after - before
-        for column, scale in zip(columns, after.tolist(), strict=True):
-            column.scale = scale
-        for slots, sums in self._holdings.product(of_assets):
+    def _move_all(self, numbers: Slots, scales: Float64s) -> None:
+        changes = np.zeros(len(self._columns))
+        changes[numbers] = scales - self._columns.scale[numbers]
+        self._columns.put_scales(numbers, scales)
+        for slots, sums in self._holdings.product(changes):
             np.add.at(self.positions_value, slots, sums.astype(np.int64))
             moved = sums != 0
             self.dirty[slots if moved.all() else slots[moved]] = True
@@ -263,13 +252,13 @@ class PricedPositions:
 
     def prices(self) -> Iterator[tuple[str, int, Condition, MarkQuality]]:
         """(symbol, instant, condition, quality) of every price."""
-        for column in self._columns.values():
+        for column in self._columns.by_number:
             if column.price is not None:
                 yield column.symbol, column.ts_event_ns, column.condition, column.quality
 
     def set_quality(self, symbol: str, quality: MarkQuality) -> None:
         """What the symbol's price is worth now. MISSING is for symbols without one."""
-        column = self._columns[symbol]
+        column = self._columns.by_symbol[symbol]
         if column.quality is not quality:
             self._change_quality(column, quality)
 
@@ -287,7 +276,7 @@ class PricedPositions:
         for number, units, cost in zip(
             *(of[cells].tolist() for of in (shelf.asset, shelf.units, shelf.cost)), strict=True
         ):
-            column = self._numbered[number]
+            column = self._columns.by_number[number]
             total += carried_value(column.quantity_of(units), cost, column.price)
         return total
 
@@ -303,12 +292,12 @@ class PricedPositions:
                 for number, row, units in zip(
                     *(of[cells].tolist() for of in (shelf.asset, shelf.row, shelf.units)), strict=True
                 ):
-                    column = self._numbered[number]
+                    column = self._columns.by_number[number]
                     assert (column.holder[row], column.units[row]) == (slot, units) and row < column.count
                     rows += 1
                 assert self.positions_value[slot] == sum(value for _, value in self._valued(slot))
                 assert self.cost[slot] == shelf.cost[cells].sum()
         assert rows == self.positions_count == self._holdings.count.sum()
-        for column in self._numbered:
+        for column in self._columns.by_number:
             assert (column.value is None) == (column.scale != NOT_WHOLE)
             assert column.is_ragged or np.abs(column.units[: column.count]).max(initial=0) <= column.units_max

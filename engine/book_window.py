@@ -24,7 +24,7 @@ from enum import Enum, auto
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.book_columns import NOT_WHOLE, UNITS_MAX, WHOLE_MAX, Column, Float64s
+from engine.book_columns import NOT_WHOLE, UNITS_MAX, WHOLE_MAX, Columns, Float64s, Slots
 from engine.book_holdings import SUM_MAX, Holdings
 from engine.messages import Condition
 
@@ -53,13 +53,11 @@ def product_ns(holdings: Holdings) -> int:
     return PRODUCT_NS + CELL_NS * holdings.cells_count + BLOCK_NS * holdings.blocks_count
 
 
-def moves(columns: Sequence[Column], prices: Sequence[Decimal], width_max: int) -> tuple[Float64s, Float64s, Bools]:
-    """The columns' scales, and their `scale_at` these prices; and which of them the product can bring from the ones to
-    the others in blocks of up to `width_max` cells."""
+def moves(columns: Columns, numbers: Slots, prices: Sequence[Decimal], width_max: int) -> tuple[Float64s, Bools]:
+    """The `scale_at` its price of each of the columns, and which of them the product can bring from their scale to that
+    in blocks of up to `width_max` cells."""
     price = np.array(list(map(float, prices)))
-    per_price = np.array([column.whole_per_price for column in columns])
-    units_max = np.array([column.units_max for column in columns])
-    before = np.array([column.scale for column in columns])
+    per_price, units_max, before = columns.per_price[numbers], columns.units_max[numbers], columns.scale[numbers]
     after = np.rint(price * per_price)
     largest = after * units_max
     # A column that no price makes whole has 0 per price, and 0 is not what any price is.
@@ -67,4 +65,4 @@ def moves(columns: Sequence[Column], prices: Sequence[Decimal], width_max: int) 
     after[~whole] = NOT_WHOLE
     able = whole & (before != NOT_WHOLE) & (before != after)
     able &= np.maximum(before * units_max, largest) <= SUM_MAX / max(1, width_max)
-    return before, after, able
+    return after, able

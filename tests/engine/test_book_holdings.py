@@ -27,7 +27,7 @@ def capacity_bytes(book: Book) -> int:
     arrays = [shelf.slot for shelf in shelves] + [holdings.count, holdings._shelf, holdings._block]
     for shelf in shelves:
         arrays += [shelf.asset, shelf.row, shelf.units, shelf.cost, shelf.day_base]
-    for column in book._numbered:
+    for column in book._columns.by_number:
         arrays += [column.holder, column.units, *([] if column.value is None else [column.value])]
     arrays += [getattr(book, name) for name in ("cash", "positions_value", "cost", "dirty", "quality_count")]
     return sum(array.nbytes for array in arrays)

@@ -204,8 +204,10 @@ def test_at_its_bound_the_product_is_exact_and_beyond_it_is_not_taken(
 
 def able(quantities: Sequence[str], price: str, next_price: str) -> list[bool]:
     book = held_by_one([Decimal(quantity) for quantity in quantities], Decimal(price))
-    columns = [book._column(f"S-{at}") for at in range(len(quantities))]
-    return book_window.moves(columns, [Decimal(next_price)] * len(columns), book._holdings.width_max)[2].tolist()
+    numbers = np.array([book._columns.of(f"S-{at}").number for at in range(len(quantities))])
+    return book_window.moves(book._columns, numbers, [Decimal(next_price)] * len(numbers), book._holdings.width_max)[
+        1
+    ].tolist()
 
 
 def test_what_the_product_takes() -> None:
@@ -234,7 +236,7 @@ def test_a_column_whose_quantities_are_too_unlike_for_one_unit_is_exact_too() ->
         book.set_position(f"p-{at}", Holding("S", NO_HOLDING, 0, 0))
     book.set_position("p-0", Holding("S", Decimal(3), 0, 0))
     book.tick("S", Decimal("2.5"), 2)
-    assert book._columns["S"].scale != 0  # an empty column begins anew
+    assert book._columns.of("S").scale != 0  # an empty column begins anew
 
 
 @given(st.lists(st.tuples(numbers(15, 12), st.booleans()), min_size=1, max_size=12))
@@ -244,7 +246,7 @@ def test_units_give_their_quantities_back(drawn: list[tuple[Decimal, bool]]) -> 
     for name, quantity in held.items():
         book.open(name, 0, ACCOUNT, [Holding("S", quantity, 0, 0)])
         book.check()
-    column = book._columns["S"]
+    column = book._columns.of("S")
     units = column.units[: column.count].tolist()
     assert [check_number(column.quantity_of(one), "q") for one in units] == list(held.values())
 
