@@ -26,7 +26,7 @@ The same goes for quantities and units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TypeVar
@@ -67,8 +67,8 @@ class HeldValue:
 
 
 class Columns:
-    """The columns by symbol and by number; and as arrays by number, so that a window tries all of its prices at once,
-    each one's scale, per_price and units_max."""
+    """The columns by symbol and by number; and as arrays by number what a window tries its prices with, each one's
+    scale, per_price and units_max."""
 
     def __init__(self) -> None:
         self.by_symbol: dict[str, Column] = {}
@@ -93,6 +93,13 @@ class Columns:
             column = self.by_symbol[symbol] = Column(symbol, self)
             self.by_number.append(column)
         return column
+
+    def of_all(self, symbols: Sequence[str]) -> list[Column]:
+        by_symbol = self.by_symbol
+        try:
+            return [by_symbol[symbol] for symbol in symbols]
+        except KeyError:
+            return [self.of(symbol) for symbol in symbols]
 
     def put_scales(self, numbers: Slots, scales: Float64s) -> None:
         self.scale[numbers] = scales
@@ -140,8 +147,6 @@ class Column:
     def _forget_quantities(self) -> None:
         self.is_ragged, self.decimals = False, 0
         self.units_max, self.per_price = float(0), POWERS_OF_TEN[MICRO_DIGITS]
-
-    # What follows is in the arrays of all columns as well.
 
     @property
     def scale(self) -> float:

@@ -195,29 +195,33 @@ class PricedPositions:
         if price != column.price:
             self._reprice(column, price, column.scale_at(float(price)))
         column.price, column.ts_event_ns, column.condition = price, ts_event_ns, condition
-        if column.quality is not _SAID[condition]:
-            self._change_quality(column, _SAID[condition])
+        self._change_quality(column, _SAID[condition])
         return column.count
 
     def tick_all(self, quotes: Sequence[PriceQuote], way: Way | None = None) -> list[int]:
         """As `tick` for each of a window's quotes, by the cheaper way (engine.book_window) unless one is given."""
-        columns = [self._columns.get(quote[0]) or self._columns.of(quote[0]) for quote in quotes]
+        if not quotes:
+            return []
+        symbols, prices, instants, conditions = zip(*quotes, strict=True)
+        columns = self._columns.of_all(symbols)
         counts, limit_ns = [column.count for column in columns], product_ns(self._holdings)
-        is_small = way is None and slices_ns(counts) <= limit_ns
+        is_small = way is None and slices_ns(len(counts), sum(counts)) <= limit_ns
         if is_small or way is Way.SLICES or len(set(columns)) < len(columns):
             return [self.tick(*quote) for quote in quotes]
         numbers = np.array([column.number for column in columns], np.intp)
-        after, able = moves(self._columns, numbers, [quote[1] for quote in quotes], self._holdings.width_max)
-        if way is Way.PRODUCT or slices_ns(np.array(counts)[able].tolist()) > limit_ns:
+        after, able = moves(self._columns, numbers, prices, self._holdings.width_max)
+        alone = np.flatnonzero(~able).tolist()
+        spared = len(counts) - len(alone), sum(counts) - sum([counts[at] for at in alone])
+        if way is Way.PRODUCT or slices_ns(*spared) > limit_ns:
             self._move_all(numbers[able], after[able])
         else:
-            able[:] = False
-        for at in np.flatnonzero(~able).tolist():
-            if quotes[at][1] != columns[at].price:
-                self._reprice(columns[at], quotes[at][1], float(after[at]))
-        for column, (_, price, ts_event_ns, condition) in zip(columns, quotes, strict=True):
-            column.price, column.ts_event_ns, column.condition = price, ts_event_ns, condition
-            if column.quality is not _SAID[condition]:
+            alone = list(range(len(quotes)))
+        for at in alone:
+            if prices[at] != columns[at].price:
+                self._reprice(columns[at], prices[at], float(after[at]))
+        for column, price, instant, condition in zip(columns, prices, instants, conditions, strict=True):
+            column.price, column.ts_event_ns, column.condition = price, instant, condition
+            if condition or column.quality is not MarkQuality.LIVE:
                 self._change_quality(column, _SAID[condition])
         return counts
 
@@ -258,11 +262,11 @@ class PricedPositions:
 
     def set_quality(self, symbol: str, quality: MarkQuality) -> None:
         """What the symbol's price is worth now. MISSING is for symbols without one."""
-        column = self._columns.by_symbol[symbol]
-        if column.quality is not quality:
-            self._change_quality(column, quality)
+        self._change_quality(self._columns.by_symbol[symbol], quality)
 
     def _change_quality(self, column: Column, quality: MarkQuality) -> None:
+        if column.quality is quality:
+            return
         holder = column.holder[: column.count]
         self.quality_count[column.quality][holder] -= 1
         self.quality_count[quality][holder] += 1

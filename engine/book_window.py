@@ -17,7 +17,7 @@ the last micro-unit, no figure of the mark is another.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from enum import Enum, auto
 
@@ -44,9 +44,9 @@ class Way(Enum):
     PRODUCT = auto()
 
 
-def slices_ns(counts: Collection[int]) -> int:
-    """What slices of so many holders each cost."""
-    return SLICE_NS * len(counts) + ROW_NS * sum(counts)
+def slices_ns(columns_count: int, holders_count: int) -> int:
+    """What slices of so many columns cost that have so many holders together."""
+    return SLICE_NS * columns_count + ROW_NS * holders_count
 
 
 def product_ns(holdings: Holdings) -> int:
