@@ -204,7 +204,7 @@ class PricedPositions:
             return []
         symbols, prices, instants, conditions = zip(*quotes, strict=True)
         columns = self._columns.of_all(symbols)
-        counts, limit_ns = [column.count for column in columns], product_ns(self._holdings)
+        counts, limit_ns = [column.count for column in columns], product_ns(len(quotes), self._holdings)
         is_small = way is None and slices_ns(len(counts), sum(counts)) <= limit_ns
         if is_small or way is Way.SLICES or len(set(columns)) < len(columns):
             return [self.tick(*quote) for quote in quotes]

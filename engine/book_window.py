@@ -5,11 +5,12 @@ values change by units × (new scale − old scale), so one product of all cells
 that did not tick, is what every portfolio's positions_value changes by: whole numbers added exactly
 (engine.book_holdings), the same to the last bit as slice after slice. The other columns are valued by slices.
 
-    slices     Σ over the ticked columns of SLICE_NS + ROW_NS × holders
-    product    PRODUCT_NS + CELL_NS × cells + BLOCK_NS × portfolios
+    slices     SLICE_NS × columns + ROW_NS × Σ holders                  of the ticked columns that can do without
+    product    PRODUCT_NS + QUOTE_NS × quotes + cells / CELLS_PER_NS + BLOCK_NS × portfolios with positions
 
-whichever is less. The constants were measured at the seed load by `benchmarks/book.py` on one core of a Xeon with 2 MB
-of second-level cache; a machine twice as fast chooses the same.
+whichever is less. The constants are fits to what ticks and windows of 500 to 60,000 portfolios × 15 positions in 500
+assets took on one core of a Xeon with 2 MB of second-level cache. They are about ratios: what a machine twice as fast
+would choose is the same. At the seed load some 70 quotes in a window are where the ways meet.
 
 A slice counts all holders as changed, the product those whose positions_value changed: where parts move and cancel to
 the last micro-unit, no figure of the mark is another.
@@ -29,10 +30,11 @@ from engine.book_holdings import SUM_MAX, Holdings
 from engine.messages import Condition
 
 SLICE_NS = 4_000
-ROW_NS = 5
-PRODUCT_NS = 40_000
-CELL_NS = 1
-BLOCK_NS = 5
+ROW_NS = 3
+PRODUCT_NS = 30_000
+QUOTE_NS = 400
+CELLS_PER_NS = 2
+BLOCK_NS = 10
 
 # Symbol, price (a checked number > 0), instant, what its source says of it.
 PriceQuote = tuple[str, Decimal, int, Condition]
@@ -49,8 +51,10 @@ def slices_ns(columns_count: int, holders_count: int) -> int:
     return SLICE_NS * columns_count + ROW_NS * holders_count
 
 
-def product_ns(holdings: Holdings) -> int:
-    return PRODUCT_NS + CELL_NS * holdings.cells_count + BLOCK_NS * holdings.blocks_count
+def product_ns(quotes_count: int, holdings: Holdings) -> int:
+    """What the product costs for so many quotes."""
+    cells_ns = holdings.cells_count // CELLS_PER_NS
+    return PRODUCT_NS + QUOTE_NS * quotes_count + cells_ns + BLOCK_NS * holdings.blocks_count
 
 
 def moves(columns: Columns, numbers: Slots, prices: Sequence[Decimal], width_max: int) -> tuple[Float64s, Bools]:
