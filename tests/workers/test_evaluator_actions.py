@@ -15,7 +15,18 @@ from engine.positions import HotPosition, hot_position_decoder
 from engine.runtime.clock import to_ns
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
-from tests.running_system import MICRO, System, connected, deposit, fill, opening, read_all, running, until_answered
+from tests.running_system import (
+    MICRO,
+    System,
+    connected,
+    deposit,
+    fill,
+    opening,
+    read_all,
+    running,
+    until,
+    until_answered,
+)
 
 
 @pytest.fixture
@@ -69,11 +80,11 @@ async def kinds(system: System, name: str) -> list[str]:
 async def test_an_announced_split_comes_between_the_last_old_quote_and_the_first_new_one(system: System) -> None:
     """Marks of all holders, on all shards, are watched throughout: NAV never leaves what it is worth."""
     names = [f"p-{n}" for n in range(8)]
-    async with running(system.settings):
+    async with running(system.settings) as evaluator:
         await bought(system, *names)
         at = now() + timedelta(seconds=1.5)
         await announce(system, split("s-1", at))
-        await until_answered(lambda: system.pool.fetchval("SELECT count(*) FROM corporate_action"))
+        await until(lambda: evaluator.actions.next_pending_ns is not None)
         seen: set[int] = set()
 
         async def done() -> bool:

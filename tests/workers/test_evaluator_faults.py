@@ -241,22 +241,25 @@ async def test_shards_are_published_one_by_one_as_they_are_taken(alone: Evaluato
     assert alone._claims == []
 
 
-async def test_a_batch_that_comes_while_a_flush_is_under_way_is_not_flushed_before_its_positions(
-    alone: Evaluator,
-) -> None:
+async def test_a_batch_is_not_flushed_before_its_positions(alone: Evaluator) -> None:
     """Whoever takes over reads the ledger sequences of marks as what positions are up to."""
-    own(alone, 0)
-    flushed: list[object] = []
+    own(alone, 0, 1)
+    flushed: list[str] = []
 
-    async def flush(*arguments: object) -> FlushOutcome:
-        flushed.append(arguments)
+    async def flush(_: object, slots: np.ndarray, *__: object) -> FlushOutcome:
+        flushed.extend(alone.book.portfolio_ids(slots))
         return FlushOutcome.WRITTEN
 
-    alone.hot.flush = flush  # type: ignore[method-assign]
-    alone.owned[0].posting = True
-    await alone.flusher._flush_shard(alone.owned[0], alone.book.changed(), 1, 0)
-    assert flushed == []
-    assert len(alone.book.changed()) == 1
+    async def write_positions(*_: object) -> bool:
+        await alone.flusher.flush()
+        assert flushed == ["p-1"]
+        return True
+
+    alone.hot.flush, alone.hot.write_positions = flush, write_positions  # type: ignore[assignment,method-assign]
+    entered = portfolio_with("p-0", "7")
+    await post_in_steps(alone, alone.owned[0], entered)
+    await alone.flusher.flush()
+    assert flushed == ["p-1", "p-0"]
 
 
 async def test_refused_positions_stop_a_shards_marks_at_once(alone: Evaluator) -> None:
@@ -307,20 +310,24 @@ async def test_a_flush_writes_no_slot_that_has_changed_hands_since_it_was_counte
     own(alone, 0, 1)
     flushed: list[list[str]] = []
 
-    async def flush(_: object, slots: np.ndarray, __: object) -> FlushOutcome:
+    async def flush(_: object, slots: np.ndarray, *__: object) -> FlushOutcome:
         flushed.append(alone.book.portfolio_ids(slots))
         return FlushOutcome.WRITTEN
 
-    alone.hot.flush = flush  # type: ignore[method-assign]
-    counted, first = alone.book.changed(), alone.owned[0]
+    alone.hot.flush = flush  # type: ignore[assignment,method-assign]
+    alone.owned[1].booked.append(alone.book.slots_of(1))
+    alone.interest.live(0)
+    alone.interest._shards[0].known_at_s = 0.0
+    alone.interest.tell(0, "node", ["p-0"], complete=True, expires_at_s=math.inf)
+    assert alone.interest.slots_of(0) is not None
     alone.book.drop_shard(1)
+    alone.book.drop_shard(0)
+    del alone.owned[1]
     own(alone, 2)
-    await alone.flusher._flush_shard(first, counted, 1, 0)
-    assert flushed == [["p-0"]]
+    alone.owned[2].published = False
+    await alone.flusher.flush()
+    assert flushed == [[]], "a heartbeat of shard 0"
     assert alone.book.portfolio_ids(alone.book.changed()) == ["p-2"]
-    del alone.owned[0]
-    await alone.flusher._flush_shard(first, counted, 1, 0)
-    assert flushed == [["p-0"]]
 
 
 async def test_leaving_is_said_before_shards_are_given_back_and_claims_are_given_back_too(alone: Evaluator) -> None:

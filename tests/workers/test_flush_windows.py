@@ -199,14 +199,14 @@ async def test_whenever_a_node_reads_and_is_heard_it_ends_with_the_newest_value(
     waiting: list[tuple[int, str]] = []
     told: list[str] = []
     last_move = choices.randrange(100, 250)
-    for step in range(last_move + 60):
-        if step < last_move and choices.random() < 0.5:
-            windows.price(f"{10 + choices.randrange(1_000) / 100}")
+    for step in range(last_move + 300):
+        if step < last_move and choices.random() < 0.03:
+            windows.price(f"{10 + choices.randrange(1_000) / 100:.2f}")
         await windows.window()
         if step < last_move and choices.random() < 0.05 and len(known) < 4:
             name = choices.choice([name for name in names if name not in known])
             known[name] = hot.marks[name]
-            waiting.append((step + choices.randrange(40), name))
+            waiting.append((step + choices.randrange(200), name))
         for at, name in list(waiting):
             if at <= step:
                 told.append(name)
