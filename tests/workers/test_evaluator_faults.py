@@ -8,6 +8,7 @@ is gone.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from decimal import Decimal
 from types import SimpleNamespace
@@ -19,9 +20,12 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 
 from engine.baselines import Baseline
 from engine.book import Account, Holding
+from engine.booking import Booked
+from engine.entries import draft_event
 from engine.marks import MarkQuality
 from engine.messages import Quote, quote_encoder
 from engine.pnl import DayBase
+from engine.portfolio import Portfolio, Present
 from engine.posting import PositionsChange
 from engine.runtime.clock import HOUR_NS, WallClock
 from engine.runtime.settings import Settings
@@ -29,7 +33,8 @@ from engine.stores import redis_keys
 from engine.stores.hot_state_redis import FlushOutcome
 from engine.stores.ledger_postgres import Fenced, Lease
 from engine.stores.shards_postgres import Tenure
-from tests.running_system import MICRO, System, connected, deposit, fill, opening, read_all, running
+from tests.running_system import AT, MICRO, System, connected, deposit, fill, opening, read_all, running
+from workers.batch_posting import post_in_steps
 from workers.corporate_actions import ActionSchedule
 from workers.dead_letters import DEAD_LETTER_BYTES_MAX
 from workers.evaluator import Evaluator
@@ -256,8 +261,10 @@ async def test_a_batch_is_not_flushed_before_its_positions(alone: Evaluator) -> 
         return True
 
     alone.hot.flush, alone.hot.write_positions = flush, write_positions  # type: ignore[assignment,method-assign]
-    entered = portfolio_with("p-0", "7")
-    await post_in_steps(alone, alone.owned[0], entered)
+    held = Portfolio("p-0", "USD")
+    entry = held.book(draft_event(opening("p-0"), AT), Present(0)).entry
+    booked = Booked(entries=[entry], portfolios={"p-0": held}, touched={"p-0": set()})
+    await post_in_steps(alone, alone.owned[0], booked)
     await alone.flusher.flush()
     assert flushed == ["p-1", "p-0"]
 
