@@ -17,7 +17,6 @@ import asyncpg
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
@@ -38,9 +37,10 @@ from api.socket_protocol import HttpProtocol, SocketProtocol
 from engine.assets import AssetClass
 from engine.runtime.addresses import HostNames
 from engine.runtime.clock import Clock, WallClock
-from engine.runtime.connections import connect_postgres, connect_redis, make_producer, wait_until
+from engine.runtime.connections import RedisClient, connect_postgres, connect_redis, make_producer, wait_until
 from engine.runtime.settings import Settings
 from engine.sessions import Markets
+from engine.stores import redis_keys
 from engine.stores.as_of_reads import AsOfReads
 from engine.stores.badge_reads import BadgeReads
 from engine.stores.daily_figures import DailyFigureReads
@@ -110,7 +110,7 @@ class Application:
 
     settings: Settings
     metrics: Metrics
-    redis: Redis
+    redis: RedisClient
     database: Database
     services: Services
     hub: Hub
@@ -128,8 +128,8 @@ class Application:
             tasks.create_task(_keep_running("kafka", self._connect_kafka))
 
     async def check_redis(self) -> None:
-        if not await self.redis.ping():
-            raise ConnectionError("Redis did not answer")
+        """Raises when the node that has the prices does not answer; in a cluster others may be away."""
+        await self.redis.exists(redis_keys.PRICES)
 
     async def close(self) -> None:
         self.stop.set()

@@ -1,4 +1,4 @@
-"""The live feed: one Redis Pub/Sub connection per process, from which the hub gets marks and quotes.
+"""The live feed: one Redis Pub/Sub connection per process and Redis node, from which the hub gets marks and quotes.
 
 It listens to `marks:{n}` for the shards that somebody watches, to `quotes` while somebody watches quotes, and to
 `badges` while somebody watches badges, who also look for themselves: that channel may be silent for long. A
@@ -9,14 +9,14 @@ read the watched values from Redis again.
     a frame of a newer epoch                                     the shard has a new owner: its streams are reset
     a frame of an older epoch                                    a zombie's; dropped and counted
     a quote frame of a new publisher, or with a sequence skipped quotes were lost
-    a channel's subscription is confirmed (again)                the connection was lost and made anew
+    a channel's subscription is confirmed (again)                the connection was lost and made anew, or moved
     no frame, not even a heartbeat, for `feed_silence_max_ms`    the connection may be dead: made anew
 
 As long as a channel is not subscribed to, or is silent, the hub is told that what is watched on it is not current. An
 outage is over with the first frame: a connection without frames is as good as none.
 
-Two tasks: one listens, one reads; each outlives Redis being away. Subscriptions are only ever changed by the task
-that reads their connection, because a redis-py PubSub is not to be shared.
+Two tasks: one listens, one reads; each outlives Redis being away. Where one node of a cluster is away, its channels
+alone are not current.
 """
 
 from __future__ import annotations
@@ -25,22 +25,21 @@ import asyncio
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from api.hub import Heard, Hub
 from api.metrics import Metrics
 from engine.marks import decode_frame
 from engine.messages import quote_frame_decoder
-from engine.runtime.connections import Backoff, Outage
+from engine.runtime.connections import Backoff, Outage, RedisClient
+from engine.runtime.subscriber import Notice, NoticeKind, Subscriber
 from engine.stores import redis_keys
-from engine.stores.hot_state_reads import HotStateReads
+from engine.stores.hot_state_reads import HotStateReads, Place
 from resolvers.errors import AWAY
 
 # Also how late a first watch of a shard is subscribed to: the listener looks for new watches between messages.
@@ -71,7 +70,7 @@ class _ShardFrames:
 class LiveFeed:
     def __init__(
         self,
-        connect: Callable[[], Redis],
+        connect: Callable[[], RedisClient],
         hot_state: HotStateReads,
         hub: Hub,
         metrics: Metrics,
@@ -107,29 +106,27 @@ class LiveFeed:
                 await asyncio.sleep(self._outage.begin_or_continue(FeedLostError(repr(error))))
 
     async def _listen_once(self) -> None:
-        """Listen on one connection until it fails or falls silent."""
+        """Listen until no connection is left or all are silent."""
         redis = self._connect()
-        pubsub = redis.pubsub()
+        subscriber = Subscriber(redis)
         try:
             while True:
-                await self._adjust(pubsub)
+                self._adjust(subscriber)
                 if not self._subscribed:
                     if not self._wanted():
                         # Not before: others wait for it as well, and are not to miss a new watch.
                         self._hub.watch_signal.clear()
                         await self._hub.watch_signal.wait()
                     continue
-                message = await pubsub.get_message(timeout=LISTEN_INTERVAL_MS / 1_000)
-                if message is not None:
-                    self._take(message)
+                notice = await subscriber.next(LISTEN_INTERVAL_MS / 1_000)
+                if notice is not None:
+                    self._take(notice)
                 if self._silent():
                     self._metrics.gaps.labels("silence").inc()
                     raise FeedSilentError("no frame on any channel")
         finally:
             self._forget()
-            with suppress(*_AWAY):
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await pubsub.aclose()  # type: ignore[no-untyped-call]
+            await subscriber.aclose()
             with suppress(*_AWAY):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
                     await redis.aclose()
@@ -139,19 +136,16 @@ class LiveFeed:
         wanted |= {redis_keys.QUOTES_CHANNEL} if self._hub.watches_quotes() else set()
         return wanted | {redis_keys.BADGES_CHANNEL} if self._hub.watches_badges() else wanted
 
-    async def _adjust(self, pubsub: Any) -> None:
+    def _adjust(self, subscriber: Subscriber) -> None:
         """Subscribe to what is watched and to nothing else."""
         wanted = self._wanted()
         added, dropped = wanted - self._subscribed, self._subscribed - wanted
+        subscriber.listen_to(wanted)
+        self._subscribed = wanted
         if added:
-            await pubsub.subscribe(*added)
-            self._subscribed |= added
             self._begin(added)
-        if dropped:
-            await pubsub.unsubscribe(*dropped)
-            self._subscribed -= dropped
-            for channel in dropped:
-                self._not_live(channel)
+        for channel in dropped:
+            self._not_live(channel)
 
     def _begin(self, channels: set[str]) -> None:
         """The watch for silence begins with the subscription, confirmed or not."""
@@ -193,16 +187,25 @@ class LiveFeed:
             self._gap("silence", None)
         return bool(seen) and max(seen) < latest_s
 
-    def _take(self, message: dict[str, Any]) -> None:
-        channel, kind = message["channel"].decode(), message["type"]
-        if kind == "subscribe":
-            self._confirmed(channel)
-        elif kind == "message" and channel == redis_keys.QUOTES_CHANNEL:
-            self._take_quotes(message["data"])
-        elif kind == "message" and channel == redis_keys.BADGES_CHANNEL:
-            self._take_badges(message["data"])
-        elif kind == "message":
-            self._take_marks(message["data"])
+    def _take(self, notice: Notice) -> None:
+        if notice.kind is NoticeKind.CONFIRMED:
+            self._confirmed(notice.channel)
+        elif notice.kind is NoticeKind.LOST:
+            self._lost(notice.channel)
+        elif notice.channel == redis_keys.QUOTES_CHANNEL:
+            self._take_quotes(notice.data)
+        elif notice.channel == redis_keys.BADGES_CHANNEL:
+            self._take_badges(notice.data)
+        else:
+            self._take_marks(notice.data)
+
+    def _lost(self, channel: str) -> None:
+        """Not current until the channel is confirmed again."""
+        if channel == redis_keys.QUOTES_CHANNEL:
+            self._hub.quotes_live(False)
+        for shard in self._shards:
+            if redis_keys.marks_channel(shard) == channel:
+                self._hub.shard_live(shard, False)
 
     def _confirmed(self, channel: str) -> None:
         """From here on nothing is missed; what came before is read."""
@@ -283,19 +286,29 @@ class LiveFeed:
             self._hub.reread_shard(shard)
 
     async def _read(self) -> None:
-        backoff = Backoff()
+        backoffs: dict[str, Backoff] = {}
         while True:
             await self._hub.unread_signal.wait()
             places, symbols = self._hub.take_unread()
-            try:
-                found = await self._hot_state.read(marks=places, quotes=symbols)
-            except _AWAY:
-                self._hub.put_back(places, symbols)
-                await asyncio.sleep(backoff.next_s())
-                continue
-            backoff.reset()
-            self._metrics.rereads.inc(len(places) + len(symbols))
-            for place, mark in found.marks.items():
-                if mark is not None:
-                    self._hub.deliver_mark(place, mark)
-            self._hub.fill_quotes(symbols, found.quotes)
+            parts = self._hot_state.by_node(places, symbols)
+            read = await asyncio.gather(*(self._read_part(*part) for part in parts.values()))
+            for (node, part), is_read in zip(parts.items(), read, strict=True):
+                if is_read:
+                    backoffs.pop(node, None)
+                    continue
+                # Again in a while; what other nodes have does not wait for it.
+                delay_s = backoffs.setdefault(node, Backoff()).next_s()
+                asyncio.get_running_loop().call_later(delay_s, self._hub.put_back, *part)
+
+    async def _read_part(self, places: Collection[Place], symbols: Collection[str]) -> bool:
+        """False when it can not be read now."""
+        try:
+            found = await self._hot_state.read(marks=places, quotes=symbols)
+        except _AWAY:
+            return False
+        self._metrics.rereads.inc(len(places) + len(symbols))
+        for place, mark in found.marks.items():
+            if mark is not None:
+                self._hub.deliver_mark(place, mark)
+        self._hub.fill_quotes(symbols, found.quotes)
+        return True

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import asyncpg
 from aiokafka.errors import KafkaError
+from redis.exceptions import AskError, ClusterError, RedisClusterException, TryAgainError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -61,6 +62,10 @@ AWAY: tuple[type[BaseException], ...] = (
     TimeoutError,
     RedisConnectionError,
     RedisTimeoutError,
+    RedisClusterException,
+    ClusterError,
+    AskError,
+    TryAgainError,
     KafkaError,
     asyncpg.InterfaceError,
     asyncpg.PostgresConnectionError,

@@ -10,12 +10,12 @@ from decimal import Decimal
 
 import asyncpg
 import numpy as np
-from redis.asyncio import Redis
 
 from engine.assets import Asset
 from engine.marks import MARK, UNKNOWN, FrameHeader, MarkQuality, encode_frame
 from engine.messages import Quote, QuoteFrame, quote_encoder, quote_frame_encoder
 from engine.positions import HotPosition, hot_position_encoder
+from engine.runtime.connections import RedisClient
 from engine.sectors import SectorValue, sector_value_encoder
 from engine.stores import redis_keys
 from engine.stores.assets_postgres import upsert_assets
@@ -79,7 +79,7 @@ def frame(
 class HotStateBuilder:
     """Writes hot state the way an evaluator does, and publishes its frames."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: RedisClient) -> None:
         self.redis = redis
 
     async def point(self, shard: int, epoch: int) -> None:
@@ -103,7 +103,7 @@ class HotStateBuilder:
         await self.publish(shard, frame(shard, epoch, sequence, rows, previous))
 
     async def publish(self, shard: int, data: bytes) -> int:
-        return int(await self.redis.publish(redis_keys.marks_channel(shard), data))
+        return int(await self.redis.spublish(redis_keys.marks_channel(shard), data))
 
     async def positions(self, shard: int, portfolio_id: str, held: Mapping[str, HotPosition]) -> None:
         key = redis_keys.positions(shard, portfolio_id)
@@ -126,7 +126,7 @@ class HotStateBuilder:
         if quotes:
             await self.quotes(quotes)
         data = quote_frame_encoder.encode(QuoteFrame(publisher, sequence, 1, list(quotes)))
-        await self.redis.publish(redis_keys.QUOTES_CHANNEL, data)
+        await self.redis.spublish(redis_keys.QUOTES_CHANNEL, data)
 
 
 def held(quantity: str, cost: int, realized: int = 0, day_base: int | None = None) -> HotPosition:

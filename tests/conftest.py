@@ -31,6 +31,7 @@ from engine.runtime.embedded import (
 )
 from engine.runtime.reaper import ChildProcesses
 from engine.stores.migrate import upgrade
+from tests.redis_cluster import RedisClusterServers
 
 # How long an example takes says more about the machine's other work than about the code.
 settings.register_profile("navstream", deadline=None)
@@ -132,6 +133,28 @@ def redis_db(valkey_url: str) -> str:
     with redis.Redis.from_url(valkey_url, socket_timeout=5) as client:
         client.flushall()
     return valkey_url
+
+
+@pytest.fixture(scope="session")
+def cluster_servers(children: ChildProcesses, server_directory: ServerDirectory) -> RedisClusterServers:
+    return RedisClusterServers(children, server_directory.path / "cluster")
+
+
+@pytest.fixture
+def cluster_db(cluster_servers: RedisClusterServers) -> RedisClusterServers:
+    """An empty cluster of three masters, all of them there, with the slots where they were in the beginning or not."""
+    cluster_servers.wait_until_whole()
+    cluster_servers.flush()
+    return cluster_servers
+
+
+@pytest.fixture(params=["server", "cluster"])
+def either_redis(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty Redis: a server's, then a cluster's."""
+    if request.param == "server":
+        return str(request.getfixturevalue("redis_db"))
+    cluster: RedisClusterServers = request.getfixturevalue("cluster_db")
+    return cluster.url
 
 
 @pytest.fixture

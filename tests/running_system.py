@@ -95,7 +95,7 @@ class System:
         quote = Quote(symbol, price, now_ns if ts_event_ns is None else ts_event_ns, "test", self._frames)
         frame = QuoteFrame("test", self._frames, now_ns - GRACE_NS, [quote])
         await self.redis.hset(redis_keys.PRICES, symbol, quote_encoder.encode(quote))
-        await self.redis.publish(redis_keys.QUOTES_CHANNEL, quote_frame_encoder.encode(frame))
+        await self.redis.spublish(redis_keys.QUOTES_CHANNEL, quote_frame_encoder.encode(frame))
 
     async def shard_of(self, name: str) -> int:
         return await self.pool.fetchval("SELECT shard FROM portfolio WHERE id = $1", name)

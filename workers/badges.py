@@ -28,13 +28,12 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import ConsumerRecord
-from redis.asyncio import Redis
 
 from engine.badges import BadgeMessage
 from engine.booking import DeadLetter, Record
 from engine.runtime import telemetry
 from engine.runtime.clock import Clock
-from engine.runtime.connections import AWAY, Outage, connect_redis, make_producer, stopped_within
+from engine.runtime.connections import AWAY, Outage, RedisClient, connect_redis, make_producer, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores import badge_awards, outbox, redis_keys
 from engine.stores.badge_awards import BadMessageError, read_message
@@ -171,7 +170,7 @@ class Consumer:
         connection: asyncpg.Connection,
         consumer: AIOKafkaConsumer,
         producer: AIOKafkaProducer,
-        redis: Redis,
+        redis: RedisClient,
         settings: Settings,
         logs: Mapping[str, str],
     ) -> None:
@@ -267,7 +266,7 @@ class Consumer:
         if not ids:
             return
         try:
-            await self._redis.publish(redis_keys.BADGES_CHANNEL, msgspec.msgpack.encode(ids))
+            await self._redis.spublish(redis_keys.BADGES_CHANNEL, msgspec.msgpack.encode(ids))
             self._telling.end()
         except AWAY as error:
             self._telling.begin_or_continue(error)
@@ -294,7 +293,9 @@ async def relay_alone(settings: Settings, stop: asyncio.Event, succeeded: Callab
             await Relay(connection, producer, await identify_logs(settings)).run(stop, succeeded)
 
 
-async def consume_alone(settings: Settings, redis: Redis, stop: asyncio.Event, succeeded: Callable[[], None]) -> None:
+async def consume_alone(
+    settings: Settings, redis: RedisClient, stop: asyncio.Event, succeeded: Callable[[], None]
+) -> None:
     """Stand by, then consume until `stop` is set. Raises AWAY errors."""
     async with alone(settings, "badges-consumer", stop) as connection, AsyncExitStack() as clients:
         if connection is None:

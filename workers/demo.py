@@ -7,7 +7,6 @@ from decimal import Decimal
 from pathlib import Path
 
 import structlog
-from redis.asyncio import Redis
 
 from engine.assets import Asset, load_catalogue, parse_assets
 from engine.messages import quote_decoder
@@ -56,7 +55,7 @@ def demo_assets(recording: str) -> dict[str, Asset]:
 
 
 async def _wait_for_prices(settings: Settings, stop: asyncio.Event, count: int) -> dict[str, Decimal]:
-    redis: Redis = connect_redis(settings, "traders")
+    redis = connect_redis(settings, "traders")
     outage = Outage("redis")
     try:
         while not stop.is_set():

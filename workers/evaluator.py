@@ -258,15 +258,20 @@ class Evaluator:
         await self._settle()
 
     async def _settle(self) -> None:
-        """Bring hot state and the ledger what they lack; booking goes on when Redis is away."""
+        """Bring hot state and the ledger what they lack; booking goes on when Redis is away.
+
+        What failed is tried last the next time: of a cluster, one node may be away.
+        """
         if time.monotonic() < self._settle_at_s:
             return
         try:
-            for owned in list(self.owned.values()):
+            for owned in sorted(self.owned.values(), key=lambda owned: owned.unsettled):
+                owned.unsettled = True
                 try:
                     await self._take_over.settle(owned)
                 except Fenced as error:
                     self.lose(owned.lease, str(error))
+                owned.unsettled = False
         except AWAY as error:
             self._settle_at_s = time.monotonic() + self._settling.begin_or_continue(error)
         else:

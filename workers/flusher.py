@@ -149,6 +149,8 @@ class Flusher:
                 await self._pause(stop, begun_s)
         finally:
             waking.cancel()
+        for owned in self._host.owned.values():
+            owned.away_until_s = 0
         await self.flush(everything=True)
 
     async def _wake_at(self, stop: asyncio.Event) -> None:
@@ -191,10 +193,23 @@ class Flusher:
             flushes = [
                 self._begin(owned, as_of_ns, (oldest_event_ns, oldest_received_ns), everything) for owned in published
             ]
-            await asyncio.gather(*(self._end(flush, valued_s) for flush in flushes if flush is not None))
+            begun = [flush for flush in flushes if flush is not None]
+            errors = await asyncio.gather(*(self._end(flush, valued_s) for flush in begun))
+            self._note({flush.owned.lease.shard: error for flush, error in zip(begun, errors, strict=True) if error})
         with _timed("frames"):
             for owned in list(self._host.owned.values()):
                 await self._push_frames(owned)
+
+    def _note(self, failed: dict[int, Exception]) -> None:
+        """Of a cluster one node may be away: its shards wait, together, and the others' are flushed."""
+        if failed:
+            delay_s = self._outage.begin_or_continue(next(iter(failed.values())))
+            for owned in self._host.owned.values():
+                if owned.lease.shard in failed:
+                    owned.away_until_s = time.monotonic() + delay_s
+            asyncio.get_running_loop().call_later(delay_s, self._wake.set)
+        elif not any(owned.away_until_s for owned in self._host.owned.values()):
+            self._outage.end()
 
     def _advance(self) -> int:
         as_of_ns, *oldest = self._time.advance()
@@ -255,6 +270,9 @@ class Flusher:
 
     def _begin(self, owned: OwnedShard, as_of_ns: int, oldest: tuple[int, int], everything: bool) -> _Flush | None:
         """Take what is due of a shard out of the Book; None when there is nothing to say."""
+        if time.monotonic() < owned.away_until_s:
+            owned.unwritten = _older(oldest, owned.unwritten)
+            return None
         watched, others = self._choose(owned, everything)
         if not len(watched) + len(others) and time.monotonic() - owned.flushed_at_s < HEARTBEAT_INTERVAL_S:
             return None
@@ -275,8 +293,8 @@ class Flusher:
         sending = self._host.hot.flush(header, slots, marks, shown_count)
         return _Flush(owned, header, slots, shown_count, marks, sending)
 
-    async def _end(self, flush: _Flush, valued_s: float) -> None:
-        """Send a flush, and see what becomes of it."""
+    async def _end(self, flush: _Flush, valued_s: float) -> Exception | None:
+        """Send a flush, and see what becomes of it; the error when Redis did not take it."""
         owned, header = flush.owned, flush.header
         begun_s = time.monotonic()
         try:
@@ -287,11 +305,8 @@ class Flusher:
             owned.booked.append(flush.slots)
             owned.unwritten = (header.oldest_event_ns, header.oldest_received_ns)
             telemetry.FLUSHES.labels("failed").inc()
-            await asyncio.sleep(self._outage.begin_or_continue(error))
-            self._wake.set()
-            return
-        self._outage.end()
-        owned.flushed_at_s = begun_s
+            return error
+        owned.flushed_at_s, owned.away_until_s = begun_s, 0
         telemetry.FLUSHES.labels(outcome.name.lower()).inc()
         telemetry.ROWS_FLUSHED.inc(len(flush.slots))
         if flush.shown_count:
@@ -306,11 +321,12 @@ class Flusher:
         elif outcome is FlushOutcome.LOST:
             _log.warning("hot_state_lost", shard=owned.lease.shard)
             owned.published = False
+        return None
 
     async def _push_frames(self, owned: OwnedShard) -> None:
         """Give Redis the snapshot frames that it does not have; one that it can not take in time is a gap."""
         lease = owned.lease
-        while owned.frames_due and self._host.owned.get(lease.shard) is owned:
+        while owned.frames_due and not owned.away_until_s and self._host.owned.get(lease.shard) is owned:
             frame = owned.frames_due[0]
             try:
                 outcome, dropped = await self._host.hot.push_snapshot(lease.shard, lease.epoch, frame.data)

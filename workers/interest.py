@@ -25,15 +25,14 @@ import msgspec
 import numpy as np
 import structlog
 from numpy.typing import NDArray
-from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
 
 from engine.book import Book
 from engine.book_columns import Int64s
 from engine.messages import interest_decoder
 from engine.runtime import telemetry
-from engine.runtime.connections import AWAY, Outage, close_in_time, connect_redis, stopped_within
+from engine.runtime.connections import AWAY, Outage, RedisClient, close_in_time, connect_redis, stopped_within
 from engine.runtime.settings import Settings
+from engine.runtime.subscriber import Notice, NoticeKind, Subscriber
 from engine.stores import redis_keys
 
 LISTEN_INTERVAL_S = 0.05  # also how late the channel of a shard that was claimed is subscribed to
@@ -195,49 +194,44 @@ class Interest:
             finally:
                 await close_in_time(redis)
 
-    async def _listen(self, redis: Redis, stop: asyncio.Event, outage: Outage) -> None:
-        pubsub, shard_of, live = redis.pubsub(), dict[str, int](), set[int]()
+    async def _listen(self, redis: RedisClient, stop: asyncio.Event, outage: Outage) -> None:
+        subscriber, shard_of, live = Subscriber(redis), dict[str, int](), set[int]()
         try:
             while not stop.is_set():
-                await self._follow(pubsub, shard_of, live)
+                self._follow(subscriber, shard_of, live)
                 if not shard_of:
                     await stopped_within(stop, LISTEN_INTERVAL_S)
                     continue
-                message = await pubsub.get_message(timeout=LISTEN_INTERVAL_S)
-                if message is not None:
+                notice = await subscriber.next(LISTEN_INTERVAL_S)
+                if notice is not None:
                     outage.end()
-                    self._receive(message, shard_of, live)
+                    self._receive(notice, shard_of, live)
                 self.forget(live)
         finally:
-            await close_in_time(pubsub)
+            await subscriber.aclose()
 
-    async def _follow(self, pubsub: PubSub, shard_of: dict[str, int], live: set[int]) -> None:
+    def _follow(self, subscriber: Subscriber, shard_of: dict[str, int], live: set[int]) -> None:
         """Listen to the channels of the shards that are ours by now."""
         wanted = {redis_keys.interest_channel(shard): shard for shard in self._wanted()}
         for shard in self._shards.keys() - wanted.values():
             live.discard(shard)
             self.drop(shard)
-        if added := wanted.keys() - shard_of.keys():
-            await pubsub.subscribe(*added)
-        if dropped := shard_of.keys() - wanted.keys():
-            await pubsub.unsubscribe(*dropped)
-        if added or dropped:
-            shard_of.clear()
-            shard_of |= wanted
+        subscriber.listen_to(wanted.keys())
+        shard_of.clear()
+        shard_of |= wanted
 
-    def _receive(self, message: dict[str, object], shard_of: dict[str, int], live: set[int]) -> None:
-        channel, data = message["channel"], message["data"]
-        assert isinstance(channel, bytes)
-        shard = shard_of.get(channel.decode())
+    def _receive(self, notice: Notice, shard_of: dict[str, int], live: set[int]) -> None:
+        shard = shard_of.get(notice.channel)
         if shard is None:
             return
-        if message["type"] == "subscribe":
+        if notice.kind is NoticeKind.CONFIRMED:
             live.add(shard)
             self.live(shard)
-        elif message["type"] == "message":
-            assert isinstance(data, bytes)
+        elif notice.kind is NoticeKind.LOST:
+            live.discard(shard)
+        elif notice.kind is NoticeKind.MESSAGE:
             try:
-                frame = interest_decoder.decode(data)
+                frame = interest_decoder.decode(notice.data)
             except msgspec.MsgspecError as error:
                 _log.warning("bad_interest_frame", reason=str(error))
                 return

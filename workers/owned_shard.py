@@ -52,6 +52,10 @@ class OwnedShard:
     flushed_sequence: int = 0
     flushed_at_s: float = 0.0
     published: bool = False
+    # The last attempt to bring hot state and the ledger what they lack failed.
+    unsettled: bool = False
+    # Redis did not take the last flush; no other before this (monotonic). 0: it did.
+    away_until_s: float = 0.0
     # Of all positions: whether they are to be written again, since when they are, and what hot state says they have.
     positions_due: bool = False
     positions_written_at_s: float = -math.inf

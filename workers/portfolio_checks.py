@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -27,6 +26,7 @@ from engine.marks import Mark, decode_mark
 from engine.portfolio import LedgerMismatch
 from engine.positions import HotPosition, hot_position_decoder
 from engine.reconciliation import Difference, Finding, HotPortfolio, compare
+from engine.runtime.connections import RedisClient
 from engine.stores import redis_keys
 from engine.stores.reconciliations import Reconciliations, Records
 from workers.ledger_folds import Fold, LedgerFolds
@@ -55,7 +55,7 @@ class PortfolioChecks:
     """`pause` is awaited between reads of the ledger."""
 
     def __init__(
-        self, engine: AsyncEngine, redis: Redis, history: QuoteHistory, pause: Callable[[], Awaitable[None]]
+        self, engine: AsyncEngine, redis: RedisClient, history: QuoteHistory, pause: Callable[[], Awaitable[None]]
     ) -> None:
         self._store = Reconciliations(engine)
         self._folds = LedgerFolds(engine, pause)

@@ -23,11 +23,12 @@ from decimal import Decimal
 from typing import NamedTuple
 
 import msgspec
-from redis.asyncio import Redis
 
 from engine.messages import Quote, quote_decoder, quote_frame_decoder
 from engine.reconciliation import Price
 from engine.runtime import telemetry
+from engine.runtime.connections import RedisClient
+from engine.runtime.subscriber import NoticeKind, Subscriber
 from engine.stores import redis_keys
 from workers.quote_intake import FrameNumbers
 
@@ -67,30 +68,30 @@ class QuoteHistory:
         # The latest instant on a quote before the window: states of before it can not be told any more.
         self.begins_at_ns = 0
 
-    async def watch(self, redis: Redis) -> None:
-        """Listen until cancelled. Raises RedisError, OSError when the server goes away; watch again then."""
-        pubsub, numbers = redis.pubsub(), FrameNumbers()
+    async def watch(self, redis: RedisClient) -> None:
+        """Listen until cancelled. Raises AWAY errors when the server goes away; watch again then."""
+        subscriber, numbers = Subscriber(redis), FrameNumbers()
         try:
-            await pubsub.subscribe(redis_keys.QUOTES_CHANNEL)
+            subscriber.listen_to({redis_keys.QUOTES_CHANNEL})
             while True:
-                message = await pubsub.get_message(timeout=1.0)
+                notice = await subscriber.next(timeout_s=1.0)
                 self._forget()
-                if message is None:
+                if notice is None:
                     continue
-                if message["type"] == "subscribe":
+                if notice.kind is NoticeKind.CONFIRMED:
                     await self._read_prices(redis)
-                elif message["type"] == "message":
+                elif notice.kind is NoticeKind.MESSAGE:
                     with suppress(msgspec.MsgspecError):  # nobody applies a frame that can not be read
-                        frame = quote_frame_decoder.decode(message["data"])
+                        frame = quote_frame_decoder.decode(notice.data)
                         if numbers.is_gap(frame):
                             await self._read_prices(redis)
                             continue
                         for quote in frame.quotes:
                             self._note(quote)
         finally:
-            await pubsub.aclose()  # type: ignore[no-untyped-call]
+            await subscriber.aclose()
 
-    async def _read_prices(self, redis: Redis) -> None:
+    async def _read_prices(self, redis: RedisClient) -> None:
         """The first reading is where the watch begins; a later one brings what no frame brought."""
         for value in (await redis.hgetall(redis_keys.PRICES)).values():
             try:

@@ -13,7 +13,7 @@ everybody, however far each has got meanwhile.
 The latest is what the quotes worker published last; `ts_event` and sequences were judged there (engine.quotes) and are
 not compared again, so that the Book can not come to disagree with `prices`. Quotes are taken in the order of frames.
 
-Frames arrive on the Pub/Sub channel `quotes`, which may lose any of them. Frames are numbered per publisher, who sends
+Frames arrive on a Pub/Sub channel, which may lose any of them. Frames are numbered per publisher, who sends
 an empty one every second; a gap, a new publisher, a (re)subscription or silence means that `prices` is read again and
 believed. It is written before a frame is published, so it has the quotes of the frame that showed the gap, or newer
 ones. Frames that were under way meanwhile may bring an older quote back; the last of them ends at what was read.
@@ -32,13 +32,13 @@ from collections.abc import Callable, Collection
 
 import msgspec
 import structlog
-from redis.asyncio import Redis
 
 from engine.assets import load_catalogue
 from engine.messages import Quote, QuoteFrame, quote_decoder, quote_frame_decoder
 from engine.runtime import telemetry
-from engine.runtime.connections import AWAY, Outage, close_in_time, connect_redis, stopped_within
+from engine.runtime.connections import AWAY, Outage, RedisClient, close_in_time, connect_redis, stopped_within
 from engine.runtime.settings import Settings
+from engine.runtime.subscriber import Notice, NoticeKind, Subscriber
 from engine.stores import redis_keys
 
 SILENT_AFTER_S = 2.5  # two heartbeats that did not come
@@ -151,7 +151,7 @@ def _no_boundary(_: int) -> int:
 
 
 class QuoteIntake:
-    """Listens to the channel `quotes` while `run` runs; what came is taken by `take`.
+    """Listens to the channel of quotes while `run` runs; what came is taken by `take`.
 
     `catalogue`: the symbols that always have room, by default those of the shipped catalogue. `boundary_of`, which may
     be set later as `waiting.boundary_of`, says the smallest boundary ≥ an instant; without it time has none. `name` is
@@ -205,32 +205,30 @@ class QuoteIntake:
             finally:
                 await close_in_time(redis)
 
-    async def _listen(self, redis: Redis, stop: asyncio.Event, outage: Outage) -> None:
-        pubsub = redis.pubsub()
+    async def _listen(self, redis: RedisClient, stop: asyncio.Event, outage: Outage) -> None:
+        subscriber = Subscriber(redis)
         try:
-            await pubsub.subscribe(redis_keys.QUOTES_CHANNEL)
+            subscriber.listen_to({redis_keys.QUOTES_CHANNEL})
             self._heard_at_s = time.monotonic()
             while not stop.is_set():
-                message = await pubsub.get_message(timeout=1.0)
-                if message is not None:
+                notice = await subscriber.next(timeout_s=1.0)
+                if notice is not None:
                     self._heard_at_s = time.monotonic()
-                    await self._receive(redis, message)
+                    await self._receive(redis, notice)
                     outage.end()
                 elif time.monotonic() - self._heard_at_s > SILENCE_MAX_S:
                     # A quotes worker that is merely down looks the same; reading `prices` then changes nothing.
                     await self._read_prices(redis)
                     self._heard_at_s = time.monotonic()
         finally:
-            await close_in_time(pubsub)
+            await subscriber.aclose()
 
-    async def _receive(self, redis: Redis, message: dict[str, object]) -> None:
-        if message["type"] == "subscribe":
+    async def _receive(self, redis: RedisClient, notice: Notice) -> None:
+        if notice.kind is NoticeKind.CONFIRMED:
             await self._read_prices(redis)
-        elif message["type"] == "message":
-            data = message["data"]
-            assert isinstance(data, bytes)
+        elif notice.kind is NoticeKind.MESSAGE:
             try:
-                frame = quote_frame_decoder.decode(data)
+                frame = quote_frame_decoder.decode(notice.data)
             except msgspec.MsgspecError as error:
                 _log.warning("bad_quote_frame", reason=str(error))
                 return
@@ -245,7 +243,7 @@ class QuoteIntake:
             if frame.quotes:
                 self.arrived()
 
-    async def _read_prices(self, redis: Redis) -> None:
+    async def _read_prices(self, redis: RedisClient) -> None:
         for value in (await redis.hgetall(redis_keys.PRICES)).values():
             assert isinstance(value, bytes)
             try:

@@ -2,9 +2,9 @@
 
 Every quote of the feed passes engine.quotes.QuoteFilter. Accepted ones are conflated per symbol and second of their
 instants for `quotes_publish_interval_ms`, because a boundary of the grid may lie between two seconds and both sides of
-it count; then one pipeline writes `HSET prices` and publishes a QuoteFrame with the same
-quotes, in this order, so that whoever sees a gap in the frames finds the newest prices in the hash. A frame
-takes at most FRAME_QUOTES_COUNT_MAX quotes; more make more frames in the same pipeline. An idle worker
+it count; then one script writes them to `prices` and publishes a QuoteFrame with the same quotes, in this order, so
+that whoever sees a gap in the frames finds the newest prices in the hash. A frame takes at most
+FRAME_QUOTES_COUNT_MAX quotes; more make more frames, in one round trip. An idle worker
 publishes an empty frame every HEARTBEAT_INTERVAL_S, whatever the feed does.
 
 This worker alone says up to which instant time is settled (`QuoteFrame.settled_ns`): as far as the feed knows that
@@ -18,8 +18,9 @@ The order is the filter's: what was published last of a symbol is its price, wha
 subscribers take quotes in the order of frames, and `prices` wherever frames were lost.
 
 Redis away: the latest quote of each symbol is kept (as many as the filter knows) and sent when it is back.
-Redis flushed, replaced or restarted from an old copy: noticed within CHECK_INTERVAL_S (the hash has fewer fields than
-this worker wrote, or the server has another run id), and everything known is written and published again.
+Redis flushed, replaced or restarted from an old copy: noticed by the next frame, empty or not (the last sequence that
+Redis has of this worker is not the last it was given), or within CHECK_INTERVAL_S (the hash has fewer fields than this
+worker wrote), and everything known is written and published again.
 
 Where PostgreSQL is known, the classes of its assets are read every CLASSES_INTERVAL_S and decide about bands and
 sessions; before that, without it and while it is away, those last known do, at first the shipped catalogue's.
@@ -39,18 +40,25 @@ from contextlib import aclosing, suppress
 import msgspec
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
-from redis.asyncio import Redis
 
 from engine.assets import Asset, load_catalogue
 from engine.messages import Quote, QuoteFrame, quote_decoder, quote_encoder, quote_frame_encoder
 from engine.quotes import QuoteFilter, Verdict
 from engine.runtime.clock import SECOND_NS, Clock, MarketClock
-from engine.runtime.connections import AWAY, Outage, connect_postgres, connect_redis, stopped_within, wait_until
+from engine.runtime.connections import (
+    AWAY,
+    Outage,
+    RedisClient,
+    connect_postgres,
+    connect_redis,
+    stopped_within,
+    wait_until,
+)
 from engine.runtime.settings import Settings
 from engine.runtime.telemetry import LATENCY_BUCKETS_S
 from engine.sessions import Markets
 from engine.stores.assets_postgres import get_classes
-from engine.stores.redis_keys import PRICES, QUOTES_CHANNEL
+from engine.stores.redis_keys import PRICES, QUOTES_CHANNEL, quotes_sequence
 from workers.feeds import Feed
 
 FRAME_QUOTES_COUNT_MAX = 2_000  # about 100 kB: a frame that every subscriber decodes in a millisecond or two
@@ -60,6 +68,7 @@ GRACE_NS = 200_000_000
 # While Redis is away so many quotes are kept, at most a few of each symbol; then the latest of each symbol alone.
 UNSENT_COUNT_MAX = 100_000
 CHECK_INTERVAL_S = 1
+SEQUENCE_KEPT_S = 60  # in Redis, after the last frame; a worker that was stopped for longer writes all prices again
 CLASSES_INTERVAL_S = 30  # assets loaded meanwhile have their class's band this late at most
 RENUMBERED_LOG_INTERVAL_S = 1  # a source that begins anew does so for all its symbols; the counter has every one
 STOP_TIMEOUT_S = 3  # for the last publication and for closing: an absent server must not hold up the exit
@@ -78,6 +87,15 @@ TICK_TO_RECEIVED = Histogram(
     buckets=LATENCY_BUCKETS_S,
 )
 SYMBOLS = Gauge("navstream_quotes_symbols", "Symbols with an accepted quote")
+
+# KEYS: prices, the publisher's sequence. ARGV: channel, frame, sequence, for how many seconds it is kept, then symbols
+# and packed quotes: fewer than Lua's stack takes. Returns the sequence before, or nothing.
+_PUBLISH = """
+if #ARGV > 4 then redis.call('HSET', KEYS[1], unpack(ARGV, 5)) end
+local before = redis.call('SET', KEYS[2], ARGV[3], 'EX', ARGV[4], 'GET')
+redis.call('SPUBLISH', ARGV[1], ARGV[2])
+return before
+"""
 
 _log = structlog.get_logger(__name__)
 
@@ -127,7 +145,7 @@ async def run_quotes(
                 await redis.aclose()
 
 
-async def _restore(redis: Redis, quote_filter: QuoteFilter, now_ns: int) -> None:
+async def _restore(redis: RedisClient, quote_filter: QuoteFilter, now_ns: int) -> None:
     """Read `prices` back into the filter; what does not decode there is not ours and is left out."""
     stored = await redis.hgetall(PRICES)
     quotes = []
@@ -205,7 +223,7 @@ class QuotesPublisher:
 
     def __init__(
         self,
-        redis: Redis,
+        redis: RedisClient,
         clock: Clock,
         known: Callable[[], Mapping[str, Quote]],
         settled_ns: Callable[[], int | None] = lambda: None,
@@ -217,10 +235,10 @@ class QuotesPublisher:
         self._settled_ns = 0
         self._publisher = uuid.uuid4().hex
         self._sequence = 0
+        self._written_sequence = 0
         # By symbol and second, in the order in which they were accepted, each with the wall instant of that.
         self._unsent: dict[tuple[str, int], tuple[Quote, int]] = {}
         self._written: set[str] = set()
-        self._run_id = ""
         self._beat_at_s = 0.0
         self._check_at_s = 0.0
 
@@ -256,7 +274,7 @@ class QuotesPublisher:
         if not taken and not heartbeat:
             return
         try:
-            await self._send(list(taken.values()))
+            is_complete = await self._send(list(taken.values()))
         except BaseException:
             for key, offered in self._unsent.items():  # what was offered meanwhile is newer
                 taken.pop(key, None)
@@ -264,24 +282,29 @@ class QuotesPublisher:
             self._unsent = taken
             raise
         self._written |= {symbol for symbol, _ in taken}
+        if not is_complete:
+            self._rewrite("an older copy")
 
-    async def _send(self, quotes: list[tuple[Quote, int]]) -> None:
+    async def _send(self, quotes: list[tuple[Quote, int]]) -> bool:
+        """Write and publish; False when Redis does not have what it was given before."""
         # All that was accepted by now is in these quotes.
         settled_ns = self._settle()
         pipe, kind = self._redis.pipeline(transaction=False), FRAMES.labels("quotes" if quotes else "heartbeat")
         for start in range(0, max(1, len(quotes)), FRAME_QUOTES_COUNT_MAX):
             part = quotes[start : start + FRAME_QUOTES_COUNT_MAX]
             chunk, received_ns = [quote for quote, _ in part], min((at_ns for _, at_ns in part if at_ns), default=0)
-            if chunk:
-                pipe.hset(PRICES, mapping={quote.symbol: quote_encoder.encode(quote) for quote in chunk})
             self._sequence += 1
             is_last = start + FRAME_QUOTES_COUNT_MAX >= len(quotes)
             until_ns = settled_ns if is_last else self._settled_ns
             frame = QuoteFrame(self._publisher, self._sequence, until_ns, chunk, received_ns)
-            pipe.publish(QUOTES_CHANNEL, quote_frame_encoder.encode(frame))
+            written = [word for quote in chunk for word in (quote.symbol, quote_encoder.encode(quote))]
+            told = (QUOTES_CHANNEL, quote_frame_encoder.encode(frame), self._sequence, SEQUENCE_KEPT_S)
+            pipe.execute_command("EVAL", _PUBLISH, 2, PRICES, quotes_sequence(self._publisher), *told, *written)
             kind.inc()
         self._settled_ns = settled_ns
-        await pipe.execute()
+        before = int((await pipe.execute())[0] or 0)
+        is_complete, self._written_sequence = before >= self._written_sequence, self._sequence
+        return is_complete
 
     def _settle(self) -> int:
         """Up to which instant time is settled; it never goes back."""
@@ -294,15 +317,8 @@ class QuotesPublisher:
         self._unsent = dict(latest.values())
 
     async def _check_server(self) -> None:
-        """Notice a Redis that lost prices, or is not the one of a second ago. Raises AWAY."""
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.info("server")
-        pipe.hlen(PRICES)
-        server, fields_count = await pipe.execute()
-        previous, self._run_id = self._run_id, str(server.get("run_id", ""))
-        if previous and previous != self._run_id:
-            self._rewrite("another server")
-        elif fields_count < len(self._written):
+        """Notice a Redis that lost prices. Raises AWAY."""
+        if await self._redis.hlen(PRICES) < len(self._written):
             self._rewrite("fields missing")
 
     def _rewrite(self, reason: str) -> None:

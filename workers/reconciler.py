@@ -28,14 +28,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import structlog
-from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from engine.amounts import MICRO
 from engine.reconciliation import Difference, Finding, ReconciliationStatus
 from engine.runtime import telemetry
 from engine.runtime.clock import Clock, to_datetime
-from engine.runtime.connections import AWAY, Outage, connect_redis, make_engine
+from engine.runtime.connections import AWAY, Outage, RedisClient, connect_redis, make_engine
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 from engine.stores.reconciliations import OpenRepair, Reconciliations
@@ -99,7 +98,7 @@ async def _check_when_kept(checks: PortfolioChecks, names: Sequence[str]) -> lis
 class Reconciler:
     """One process's rotation. At most one is needed; a second one does no harm."""
 
-    def __init__(self, settings: Settings, clock: Clock, engine: AsyncEngine, redis: Redis) -> None:
+    def __init__(self, settings: Settings, clock: Clock, engine: AsyncEngine, redis: RedisClient) -> None:
         self._settings = settings
         self._clock = clock
         self._redis = redis
@@ -290,7 +289,7 @@ async def _ended(task: asyncio.Task[None]) -> None:
 
 
 @asynccontextmanager
-async def _connected(settings: Settings) -> AsyncIterator[tuple[AsyncEngine, Redis]]:
+async def _connected(settings: Settings) -> AsyncIterator[tuple[AsyncEngine, RedisClient]]:
     engine, redis = make_engine(settings, "reconciler"), connect_redis(settings, "reconciler")
     try:
         yield engine, redis

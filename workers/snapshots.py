@@ -28,14 +28,21 @@ from contextlib import suppress
 
 import asyncpg
 import structlog
-from redis.asyncio import Redis
 
 from engine.assets import AssetClass
 from engine.day_cuts import BadDayCutError, DayCut, parse_day_cut
 from engine.messages import Quote
 from engine.runtime import telemetry
 from engine.runtime.clock import HOUR_NS, Clock, to_datetime
-from engine.runtime.connections import AWAY, Outage, connect_postgres, connect_redis, stopped_within, wait_until
+from engine.runtime.connections import (
+    AWAY,
+    Outage,
+    RedisClient,
+    connect_postgres,
+    connect_redis,
+    stopped_within,
+    wait_until,
+)
 from engine.runtime.settings import Settings
 from engine.sessions import Markets, Sessions
 from engine.stores import redis_keys
@@ -60,7 +67,7 @@ _log = structlog.get_logger(__name__)
 class SnapshotDrain:
     """Brings what waits in the lists of all shards into the store."""
 
-    def __init__(self, redis: Redis, pool: asyncpg.Pool) -> None:
+    def __init__(self, redis: RedisClient, pool: asyncpg.Pool) -> None:
         self._redis = redis
         self._pool = pool
         self._store = SnapshotStore(pool)

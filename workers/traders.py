@@ -24,7 +24,6 @@ from decimal import Decimal
 from random import Random
 
 import uuid_utils
-from redis.asyncio import Redis
 
 from engine.amounts import plain
 from engine.assets import Asset, AssetClass, load_catalogue
@@ -38,7 +37,7 @@ from engine.messages import (
     quote_decoder,
 )
 from engine.runtime.clock import Clock, is_over, to_datetime, to_ns
-from engine.runtime.connections import AWAY, Outage, connect_redis, make_producer, stopped_within
+from engine.runtime.connections import AWAY, Outage, RedisClient, connect_redis, make_producer, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores.redis_keys import PRICES
 from workers.producing import EventSender
@@ -213,7 +212,7 @@ async def run_traders(
 async def _trade(
     trader: _Trader,
     clock: Clock,
-    redis: Redis,
+    redis: RedisClient,
     sender: EventSender,
     outage: Outage,
     stop: asyncio.Event,
@@ -244,7 +243,7 @@ class _Trader:
         """Exponential: independent traders together make a Poisson process."""
         return self._random.expovariate(fills_per_s)
 
-    async def next_event(self, redis: Redis) -> PortfolioEvent | None:
+    async def next_event(self, redis: RedisClient) -> PortfolioEvent | None:
         """A fill or a cash movement; None when the chosen symbol has no price yet. Raises RedisError."""
         portfolio_id = demo_portfolio_id(self._random.randrange(self._portfolios_count))
         at = to_datetime(self._clock.now_ns())

@@ -74,7 +74,7 @@ class Subscription:
 
 async def _listen(url: str, shards: int) -> None:
     pubsub = Redis.from_url(url, protocol=3).pubsub()
-    await pubsub.subscribe(*(redis_keys.marks_channel(shard) for shard in range(shards)))
+    await pubsub.ssubscribe(*(redis_keys.marks_channel(shard) for shard in range(shards)))
     while True:
         message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=1)
         if message is None:

@@ -15,13 +15,13 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from typing import Any
 
 import asyncpg
 import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
 from redis.asyncio.connection import (
     AbstractConnection,
     Connection,
@@ -30,11 +30,12 @@ from redis.asyncio.connection import (
 )
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from engine.runtime.redis_cluster import ClusterClient, is_cluster
 from engine.runtime.settings import Settings
 
 # What a dependency that is away, starting or restarting raises. Anything else is a defect and is not retried.
@@ -42,11 +43,15 @@ AWAY: tuple[type[Exception], ...] = (
     OSError,
     TimeoutError,
     RedisError,
+    RedisClusterException,
     KafkaError,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
     SQLAlchemyError,
 )
+
+# A server's client or a cluster's: the same commands, of keys that share a slot.
+RedisClient = Redis | ClusterClient
 
 CHECK_TIMEOUT_S = 10  # one attempt of `wait_until`: longer than any healthy server takes to answer a ping
 CLOSE_TIMEOUT_S = 1
@@ -166,31 +171,39 @@ _CANCELLABLE: dict[type[AbstractConnection], type[AbstractConnection]] = {
 }
 
 
-def connect_redis(settings: Settings, role: str) -> Redis:
+def connect_redis(settings: Settings, role: str) -> RedisClient:
     """A client named `navstream-<role>`, answering bytes. Connects on first use; close it with `aclose()`.
 
-    A blocking read and a Pub/Sub listener each need a client of their own. Raises ValueError for a bad URL.
+    Of a server, or of a cluster where the URL says redis+cluster:// and names any of its nodes. Raises ValueError for
+    a bad URL. Who listens to channels takes an engine.runtime.subscriber.
     """
-    client = Redis.from_url(
-        settings.redis_url,
-        protocol=3,
-        client_name=f"navstream-{role}",
-        socket_timeout=settings.redis_timeout_s,
-        socket_connect_timeout=settings.redis_timeout_s,
-        retry=Retry(ConstantBackoff(REDIS_RETRY_DELAY_MS / 1_000), REDIS_RETRIES_COUNT_MAX),
+    options: dict[str, Any] = {
+        "protocol": 3,
+        "client_name": f"navstream-{role}",
+        "socket_timeout": settings.redis_timeout_s,
+        "socket_connect_timeout": settings.redis_timeout_s,
+        "retry": Retry(ConstantBackoff(REDIS_RETRY_DELAY_MS / 1_000), REDIS_RETRIES_COUNT_MAX),
         # These notifications stretch timeouts during a managed server's maintenance; ours are to hold always.
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
-    )
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
+    if is_cluster(settings.redis_url):
+        return ClusterClient(settings.redis_url, _CANCELLABLE, **options)
+    client = Redis.from_url(settings.redis_url, **options)
     pool = client.connection_pool
     pool.connection_class = _CANCELLABLE[pool.connection_class]
     return client
 
 
-async def close_in_time(client: Redis | PubSub) -> None:
+async def close_in_time(client: RedisClient) -> None:
     """Close, unless that takes too long: a frozen server must not hold its client up."""
     with suppress(*AWAY):
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await client.aclose()
+
+
+def node_name(redis: RedisClient, key: str) -> str:
+    """The name of the node that has the key, as far as is known; on a single server always the same."""
+    return redis.node_name(key) if isinstance(redis, ClusterClient) else ""
 
 
 async def connect_postgres(settings: Settings, role: str) -> asyncpg.Pool:

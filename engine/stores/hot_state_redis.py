@@ -3,7 +3,7 @@
 A flush is two commands in one round trip:
 
     HSET marks:{n}:<epoch> id mark id mark …       one variadic command for all changed portfolios
-    EVAL publish                                    if the pointer still names this epoch: sequence, PUBLISH frame
+    EVAL publish                                    if the pointer still names this epoch: sequence, SPUBLISH frame
 
 The frame has those of the marks that somebody watches. A fenced evaluator can neither move a pointer nor publish; what
 it wrote lies under an epoch nobody reads.
@@ -13,6 +13,9 @@ The bytes of the HSET are laid out once per portfolio as rows of a numpy record 
 only the marks are filled in per flush; ids of equal length share one array, because a record has one width.
 
 Positions and sectors are written by a script that compares the epoch inside Redis, all of a batch at once.
+
+In a cluster all of it goes to the master of the shard's slot. Scripts are sent whole, never by their hash, as a node
+that does not know one would have to be taught together with all others, also those that are away.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 
 from engine.marks import MARK, FrameHeader, MarkArray, encode_frame, frame_parts
 from engine.positions import hot_position_encoder
 from engine.posting import PositionsChange
+from engine.runtime.connections import RedisClient
+from engine.runtime.redis_cluster import ClusterClient
 from engine.sectors import ranks_of, sector_value_encoder
 from engine.stores import redis_keys
 
@@ -43,13 +47,14 @@ VALUES_PER_SCRIPT = 10_000
 # A frame per hour and session close: as many as the snapshots worker may lie behind, and a bound on memory.
 SNAPSHOT_FRAMES_MAX = 100
 
-# KEYS: pointer. ARGV: epoch, sequence, updated_at_ns, channel, frame.
+# KEYS: pointer, and the marks that the HSET before it wrote: in a cluster both, or neither, while their slot moves.
+# ARGV: epoch, sequence, updated_at_ns, channel, frame.
 _PUBLISH = """
 local current = redis.call('HGET', KEYS[1], 'epoch')
 if not current then return -1 end
 if current ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'sequence', ARGV[2], 'updated_at_ns', ARGV[3])
-redis.call('PUBLISH', ARGV[4], ARGV[5])
+redis.call('SPUBLISH', ARGV[4], ARGV[5])
 return 1
 """
 
@@ -183,19 +188,13 @@ def _row_type(id_length: int) -> np.dtype[np.void]:
 class HotStateWriter:
     """`redis` must not decode responses. One writer per evaluator; one flush per shard at a time."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: RedisClient) -> None:
         self._redis = redis
-        self._advance = redis.register_script(_ADVANCE)
-        self._positions = redis.register_script(_POSITIONS)
-        self._publish = redis.register_script(_PUBLISH)
-        self._snapshot = redis.register_script(_SNAPSHOT)
         self.layout = MarksLayout()
 
     async def advance(self, shard: int, epoch: int, owner: str, now_ns: int) -> bool:
         """Point readers at `epoch`, unless they are beyond it already (False). Deletes the replaced marks."""
-        replaced = int(
-            await self._advance(keys=[redis_keys.shard(shard)], args=[epoch, owner, now_ns], client=self._redis)
-        )
+        replaced = int(await self._run(_ADVANCE, [redis_keys.shard(shard)], [epoch, owner, now_ns]))
         if 0 < replaced < epoch:
             await self._redis.unlink(redis_keys.marks(shard, replaced))
         return replaced >= 0
@@ -206,7 +205,8 @@ class HotStateWriter:
         """Write marks without publishing them (take-over); returns the filled rows."""
         groups = self.layout.fill(slots, marks)
         if groups:
-            await self._send([_hset(redis_keys.marks(shard, epoch), groups, len(slots))], 1)
+            key = redis_keys.marks(shard, epoch)
+            await self._send(key, [_hset(key, groups, len(slots))])
         return groups
 
     def flush(
@@ -224,10 +224,10 @@ class HotStateWriter:
         groups += self.layout.fill(slots[shown_count:], marks[shown_count:])
         commands = [_hset(key, groups, len(slots))] if groups else []
         commands.append(self._publish_command(header, frame))
-        return self._flush(commands)
+        return self._flush(key, commands)
 
-    async def _flush(self, commands: list[list[bytes]]) -> FlushOutcome:
-        return FlushOutcome((await self._send(commands, len(commands)))[-1])
+    async def _flush(self, key: str, commands: list[list[bytes]]) -> FlushOutcome:
+        return FlushOutcome((await self._send(key, commands))[-1])
 
     def encode(self, header: FrameHeader, slots: NDArray[np.int64], marks: MarkArray) -> bytes:
         """The frame of marks that are not flushed now: those of a boundary."""
@@ -240,7 +240,7 @@ class HotStateWriter:
         LOST: nothing was written, because the pointer is not at this epoch yet or Redis forgot it.
         """
         keys = [redis_keys.shard(shard), redis_keys.snapshots(shard)]
-        dropped = int(await self._snapshot(keys=keys, args=[epoch, frame, SNAPSHOT_FRAMES_MAX], client=self._redis))
+        dropped = int(await self._run(_SNAPSHOT, keys, [epoch, frame, SNAPSHOT_FRAMES_MAX]))
         if dropped < 0:
             return (FlushOutcome.LOST if dropped == -1 else FlushOutcome.FENCED), 0
         return FlushOutcome.WRITTEN, dropped
@@ -249,8 +249,9 @@ class HotStateWriter:
         arguments = (
             b"EVAL",
             _PUBLISH.encode(),
-            b"1",
+            b"2",
             redis_keys.shard(header.shard).encode(),
+            redis_keys.marks(header.shard, header.epoch).encode(),
             b"%d" % header.epoch,
             b"%d" % header.sequence,
             b"%d" % header.flushed_at_ns,
@@ -260,13 +261,18 @@ class HotStateWriter:
         frame_size = b"$%d\r\n" % sum(map(len, frame))
         return [b"*%d\r\n" % (len(arguments) + 1), head, frame_size, *frame, b"\r\n"]
 
-    async def _send(self, commands: list[list[bytes]], replies: int) -> list[Any]:
-        """Send packed commands on one pooled connection and read their replies."""
+    async def _run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        return await self._redis.execute_command("EVAL", script, len(keys), *keys, *arguments)
+
+    async def _send(self, key: str, commands: list[list[bytes]]) -> list[Any]:
+        """Send packed commands of the key's slot on one pooled connection and read their replies."""
+        if isinstance(self._redis, ClusterClient):
+            return await self._redis.send(key, commands)
         pool = self._redis.connection_pool
         connection: AbstractConnection = await pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             await connection.send_packed_command([part for command in commands for part in command])
-            answers = [await connection.read_response(disable_decoding=True) for _ in range(replies)]
+            answers = [await connection.read_response(disable_decoding=True) for _ in commands]
         except BaseException:
             # A reply left unread would answer the next command on this connection.
             await connection.disconnect(nowait=True)
@@ -289,7 +295,7 @@ class HotStateWriter:
             arguments.append(_packed(change))
             values_count += 3 + len(change.closed) + 2 * len(change.positions) + 4 * len(change.sectors)
             if values_count >= VALUES_PER_SCRIPT or change is changes[-1]:
-                if not await self._positions(keys=keys, args=arguments, client=self._redis):
+                if not await self._run(_POSITIONS, keys, arguments):
                     return False
                 del keys[1:], arguments[1:]
                 values_count = 0

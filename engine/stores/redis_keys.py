@@ -1,13 +1,22 @@
-"""Every Redis key and channel, in one place. `{n}` is a hash tag: one shard lives in one Cluster slot."""
+"""Every Redis key and channel, in one place. `{n}` is a hash tag: one shard lives in one Cluster slot.
+
+Channels are sharded ones (SPUBLISH, engine.runtime.subscriber): a channel lies in the slot of its name, so that one
+script can write a key and tell the channel of it.
+"""
 
 from __future__ import annotations
 
 PRICES = "prices"
-QUOTES_CHANNEL = "quotes"
+QUOTES_CHANNEL = "quotes:{prices}"
 # Hash: symbol → packed classification (engine.assets.Classification), the one in force. PostgreSQL has them all.
 ASSETS = "assets"
 # The ids of the portfolios that have new badge events; a hint, which may be lost.
 BADGES_CHANNEL = "badges"
+
+
+def quotes_sequence(publisher: str) -> str:
+    """Text: the sequence of the last frame of quotes that a publisher sent; goes with it."""
+    return f"quotes_sequence:{{{PRICES}}}:{publisher}"
 
 
 def shard(n: int) -> str:

@@ -62,7 +62,7 @@ async def award(gateway: Gateway, portfolio_id: str, badge: str = "first_fill", 
 
 
 async def tell(gateway: Gateway, *portfolio_ids: str) -> None:
-    await gateway.redis.redis.publish(redis_keys.BADGES_CHANNEL, msgspec.msgpack.encode(list(portfolio_ids)))
+    await gateway.redis.redis.spublish(redis_keys.BADGES_CHANNEL, msgspec.msgpack.encode(list(portfolio_ids)))
 
 
 async def sequences(stream: Stream, count: int) -> list[int]:

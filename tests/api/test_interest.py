@@ -54,9 +54,9 @@ class Heard:
 async def telling(redis: Redis, hub: Hub) -> AsyncIterator[Heard]:
     settings = Settings(interest_interval_ms=INTERVAL_MS)
     async with redis.pubsub() as pubsub:
-        await pubsub.subscribe(*(redis_keys.interest_channel(shard) for shard in range(4)))
+        await pubsub.ssubscribe(*(redis_keys.interest_channel(shard) for shard in range(4)))
         for _ in range(4):
-            assert (await pubsub.get_message(timeout=WAIT_S))["type"] == "subscribe"
+            assert (await pubsub.get_message(timeout=WAIT_S))["type"] == "ssubscribe"
         task = asyncio.create_task(InterestTeller(redis, hub, settings).run())
         try:
             yield Heard(pubsub)

@@ -1,9 +1,9 @@
-"""Reading hot state from a real server: round trips, moved pointers, absent values."""
+"""Reading hot state from a real server and a real cluster: round trips, moved pointers, absent values."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -13,6 +13,9 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
 from engine.messages import Quote
+from engine.runtime.connections import RedisClient, connect_redis
+from engine.runtime.redis_cluster import ClusterPipeline
+from engine.runtime.settings import Settings
 from engine.sectors import SectorValue
 from engine.stores.hot_state_reads import POINTER_READS_MAX, HotStateReads, PointerUnsettledError
 from tests.builders import MICRO, HotStateBuilder, MarkRow, held
@@ -20,8 +23,8 @@ from tests.proxy import Proxy
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def redis(redis_db: str) -> AsyncIterator[Redis]:
-    client = Redis.from_url(redis_db, protocol=3)
+async def redis(either_redis: str) -> AsyncIterator[RedisClient]:
+    client = connect_redis(Settings(redis_url=either_redis, redis_timeout_s=5), "test")
     yield client
     await client.aclose()
 
@@ -30,17 +33,27 @@ async def redis(redis_db: str) -> AsyncIterator[Redis]:
 def round_trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every pipeline that is sent."""
     sent: list[int] = []
-    execute = Pipeline.execute
 
-    async def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        sent.append(len(self))
-        return await execute(self, *args, **kwargs)
+    async def count(pipeline: Pipeline | ClusterPipeline) -> None:
+        sent.append(len(pipeline))
 
-    monkeypatch.setattr(Pipeline, "execute", counted)
+    before_each_pipeline(monkeypatch, count)
     return sent
 
 
-async def test_everything_in_one_round_trip(redis: Redis, round_trips: list[int]) -> None:
+def before_each_pipeline(
+    monkeypatch: pytest.MonkeyPatch, act: Callable[[Pipeline | ClusterPipeline], Awaitable[None]]
+) -> None:
+    for kind in (Pipeline, ClusterPipeline):
+
+        async def acting(self: Any, *args: Any, execute: Any = kind.execute, **kwargs: Any) -> Any:
+            await act(self)
+            return await execute(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "execute", acting)
+
+
+async def test_everything_in_one_round_trip(redis: RedisClient, round_trips: list[int]) -> None:
     builder, reads = HotStateBuilder(redis), HotStateReads(redis, 1)
     await builder.point(3, 5)
     await builder.marks(3, 5, {"p-1": MarkRow(nav=7), "p-22": MarkRow(nav=8)})
@@ -66,7 +79,7 @@ async def test_everything_in_one_round_trip(redis: Redis, round_trips: list[int]
     assert state.quotes == {"AAPL": quote}
 
 
-async def test_a_moved_pointer_is_followed_in_the_same_read(redis: Redis, round_trips: list[int]) -> None:
+async def test_a_moved_pointer_is_followed_in_the_same_read(redis: RedisClient, round_trips: list[int]) -> None:
     builder, reads = HotStateBuilder(redis), HotStateReads(redis, 1)
     for epoch, nav in ((1, 10), (2, 20)):
         await builder.marks(0, epoch, {"p": MarkRow(nav=nav)})
@@ -78,28 +91,27 @@ async def test_a_moved_pointer_is_followed_in_the_same_read(redis: Redis, round_
     assert len(round_trips) == 5
 
 
-async def test_a_pointer_that_never_settles_is_reported(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pointer_that_never_settles_is_reported(redis: RedisClient, monkeypatch: pytest.MonkeyPatch) -> None:
     builder, reads = HotStateBuilder(redis), HotStateReads(redis, 1)
-    execute, tries = Pipeline.execute, 0
+    tries = 0
 
-    async def moving(self: Any, *args: Any, **kwargs: Any) -> Any:
+    async def move(_: object) -> None:
         nonlocal tries
         tries += 1
         await builder.point(0, tries)
-        return await execute(self, *args, **kwargs)
 
-    monkeypatch.setattr(Pipeline, "execute", moving)
+    before_each_pipeline(monkeypatch, move)
     with pytest.raises(PointerUnsettledError):
         await reads.mark(0, "p")
     assert tries == POINTER_READS_MAX + 1
 
 
-async def test_no_pointer_is_no_mark(redis: Redis) -> None:
+async def test_no_pointer_is_no_mark(redis: RedisClient) -> None:
     assert await HotStateReads(redis, 1).mark(9, "p") is None
     assert await HotStateReads(redis, 1).marks(9, ["a", "b"]) == {"a": None, "b": None}
 
 
-async def test_after_a_flush_of_redis_there_is_nothing_rather_than_something_old(redis: Redis) -> None:
+async def test_after_a_flush_of_redis_there_is_nothing_rather_than_something_old(redis: RedisClient) -> None:
     builder, reads = HotStateBuilder(redis), HotStateReads(redis, 1)
     await builder.point(0, 4)
     await builder.marks(0, 4, {"p": MarkRow(nav=1 * MICRO)})
@@ -108,12 +120,12 @@ async def test_after_a_flush_of_redis_there_is_nothing_rather_than_something_old
     assert await reads.mark(0, "p") is None
 
 
-async def test_reading_nothing_asks_nothing(redis: Redis, round_trips: list[int]) -> None:
+async def test_reading_nothing_asks_nothing(redis: RedisClient, round_trips: list[int]) -> None:
     state = await HotStateReads(redis, 1).read()
     assert (state.marks, round_trips) == ({}, [])
 
 
-async def test_a_damaged_mark_is_a_defect_not_a_zero(redis: Redis) -> None:
+async def test_a_damaged_mark_is_a_defect_not_a_zero(redis: RedisClient) -> None:
     builder = HotStateBuilder(redis)
     await builder.point(0, 1)
     await redis.hset("marks:{0}:1", "p", b"short")

@@ -1,4 +1,5 @@
-"""The writing half of hot state against a real Valkey: exact bytes, fencing by epoch, and what a lost Redis answers."""
+"""The writing half of hot state against a real Valkey, a server and a cluster: exact bytes, fencing by epoch, and what
+a lost Redis answers."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from redis.asyncio import Redis
 
 from engine.marks import MARK, FrameHeader, MarkArray, decode_frame, decode_mark
 from engine.positions import HotPosition, hot_position_decoder
 from engine.posting import PositionsChange
+from engine.runtime.connections import RedisClient, connect_redis
+from engine.runtime.settings import Settings
+from engine.runtime.subscriber import NoticeKind, Subscriber
 from engine.sectors import SectorValue, sector_value_decoder
 from engine.stores import redis_keys
 from engine.stores.hot_state_redis import SNAPSHOT_FRAMES_MAX, FlushOutcome, HotStateWriter, MarksLayout
@@ -22,10 +25,21 @@ NOW_NS = 1_700_000_000_000_000_000
 
 
 @pytest.fixture
-async def client(redis_db: str) -> AsyncIterator[Redis]:
-    redis = Redis.from_url(redis_db, protocol=3)
+async def client(either_redis: str) -> AsyncIterator[RedisClient]:
+    redis = connect_redis(Settings(redis_url=either_redis, redis_timeout_s=5), "test")
     yield redis
     await redis.aclose()
+
+
+@pytest.fixture
+async def frames_heard(client: RedisClient) -> AsyncIterator[Subscriber]:
+    """Listens to the shard's channel."""
+    subscriber = Subscriber(client)
+    subscriber.listen_to({redis_keys.marks_channel(SHARD)})
+    confirmed = await subscriber.next(5)
+    assert confirmed is not None and confirmed.kind is NoticeKind.CONFIRMED
+    yield subscriber
+    await subscriber.aclose()
 
 
 def marks_of(count: int, first: int = 0) -> MarkArray:
@@ -51,7 +65,7 @@ def holding(quantity: str, symbol: str = "AAPL", *, replace: bool = False, name:
     return PositionsChange(name, replace, [], {symbol: HotPosition(quantity, 5, 6, 7, 8)}, sectors)
 
 
-async def quantities(client: Redis, name: str = "p-1") -> dict[str, str]:
+async def quantities(client: RedisClient, name: str = "p-1") -> dict[str, str]:
     packed = await client.hgetall(redis_keys.positions(SHARD, name))
     return {symbol.decode(): hot_position_decoder.decode(value).quantity for symbol, value in packed.items()}
 
@@ -61,7 +75,7 @@ async def quantities(client: Redis, name: str = "p-1") -> dict[str, str]:
 
 @pytest.mark.parametrize("lengths", [[1], [3, 3, 3], [1, 64, 1, 9, 10, 11, 64], list(range(1, 65))])
 async def test_a_flush_writes_each_mark_under_its_id_whatever_the_ids_lengths(
-    client: Redis, lengths: list[int]
+    client: RedisClient, lengths: list[int]
 ) -> None:
     writer = HotStateWriter(client)
     names = [f"{number:x}".rjust(length, "p")[-length:] for number, length in enumerate(lengths)]
@@ -73,7 +87,7 @@ async def test_a_flush_writes_each_mark_under_its_id_whatever_the_ids_lengths(
     assert stored == {name.encode(): row.tobytes() for name, row in zip(names, marks, strict=True)}
 
 
-async def test_a_flush_of_some_slots_leaves_the_other_marks(client: Redis) -> None:
+async def test_a_flush_of_some_slots_leaves_the_other_marks(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     names = [f"p-{10**number}" for number in range(6)] * 40
     names = [f"{name}-{number}" for number, name in enumerate(names)]
@@ -105,16 +119,14 @@ def test_slots_may_be_laid_out_in_any_order_and_again_under_other_names(order: l
     assert sorted(found) == sorted(expected)
 
 
-async def test_a_frame_carries_the_rows_that_were_written(client: Redis) -> None:
+async def test_a_frame_carries_the_rows_that_were_written(client: RedisClient, frames_heard: Subscriber) -> None:
     writer = HotStateWriter(client)
     slots = place(writer, ["p-1", "p-22", "q-1"])
     await writer.advance(SHARD, 1, "me", NOW_NS)
-    async with client.pubsub() as pubsub:
-        await pubsub.subscribe(redis_keys.marks_channel(SHARD))
-        await pubsub.get_message(timeout=5)
-        await writer.flush(header(1, 9), slots, marks_of(3))
-        message = await pubsub.get_message(timeout=5)
-    found, groups = decode_frame(message["data"])
+    await writer.flush(header(1, 9), slots, marks_of(3))
+    heard = await frames_heard.next(5)
+    assert heard is not None
+    found, groups = decode_frame(heard.data)
     assert found == header(1, 9)
     rows = {}
     for ids, packed in groups:
@@ -125,29 +137,29 @@ async def test_a_frame_carries_the_rows_that_were_written(client: Redis) -> None
     assert (pointer[b"sequence"], pointer[b"updated_at_ns"]) == (b"9", b"%d" % NOW_NS)
 
 
-async def test_a_flush_without_slots_is_a_heartbeat_and_writes_no_mark(client: Redis) -> None:
+async def test_a_flush_without_slots_is_a_heartbeat_and_writes_no_mark(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     await writer.advance(SHARD, 1, "me", NOW_NS)
     assert await writer.flush(header(1, 1), np.zeros(0, np.int64), marks_of(0)) is FlushOutcome.WRITTEN
     assert not await client.exists(redis_keys.marks(SHARD, 1))
 
 
-async def test_a_fenced_flush_publishes_nothing_and_its_marks_are_not_the_pointers(client: Redis) -> None:
+async def test_a_fenced_flush_publishes_nothing_and_its_marks_are_not_the_pointers(
+    client: RedisClient, frames_heard: Subscriber
+) -> None:
     writer = HotStateWriter(client)
     slots = place(writer, ["p-1"])
     await writer.advance(SHARD, 2, "newer", NOW_NS)
     await writer.flush(header(2, 1), slots, marks_of(1, first=70))
-    async with client.pubsub() as pubsub:
-        await pubsub.subscribe(redis_keys.marks_channel(SHARD))
-        await pubsub.get_message(timeout=5)
-        assert await writer.flush(header(1, 8), slots, marks_of(1)) is FlushOutcome.FENCED
-        assert await pubsub.get_message(timeout=0.2) is None
+    assert (await frames_heard.next(5)) is not None
+    assert await writer.flush(header(1, 8), slots, marks_of(1)) is FlushOutcome.FENCED
+    assert await frames_heard.next(0.2) is None
     assert await client.hget(redis_keys.shard(SHARD), "sequence") == b"1"
     packed = await client.hget(redis_keys.marks(SHARD, 2), "p-1")
     assert decode_mark(packed, 2).nav == 70_001
 
 
-async def test_a_redis_that_forgot_everything_answers_lost(client: Redis) -> None:
+async def test_a_redis_that_forgot_everything_answers_lost(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     slots = place(writer, ["p-1"])
     await writer.advance(SHARD, 1, "me", NOW_NS)
@@ -156,14 +168,14 @@ async def test_a_redis_that_forgot_everything_answers_lost(client: Redis) -> Non
     assert not await client.exists(redis_keys.shard(SHARD))
 
 
-async def test_an_error_reply_leaves_no_answer_behind_for_the_next_command(client: Redis) -> None:
+async def test_an_error_reply_leaves_no_answer_behind_for_the_next_command(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     slots = place(writer, ["p-1"])
     await writer.advance(SHARD, 1, "me", NOW_NS)
     await client.set(redis_keys.marks(SHARD, 1), "no hash")
     with pytest.raises(Exception, match="WRONGTYPE"):
         await writer.flush(header(1, 1), slots, marks_of(1))
-    assert await client.echo("mine") == b"mine"
+    assert await client.hget(redis_keys.shard(SHARD), "owner") == b"me"
     await client.delete(redis_keys.marks(SHARD, 1))
     assert await writer.flush(header(1, 2), slots, marks_of(1)) is FlushOutcome.WRITTEN
 
@@ -171,7 +183,7 @@ async def test_an_error_reply_leaves_no_answer_behind_for_the_next_command(clien
 # -- the pointer -------------------------------------------------------------------------------------------
 
 
-async def test_the_pointer_only_moves_forward(client: Redis) -> None:
+async def test_the_pointer_only_moves_forward(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     assert await writer.advance(SHARD, 9, "nine", NOW_NS)
     assert await writer.advance(SHARD, 10, "ten", NOW_NS)
@@ -181,7 +193,7 @@ async def test_the_pointer_only_moves_forward(client: Redis) -> None:
     assert (pointer[b"epoch"], pointer[b"owner"]) == (b"10", b"ten")
 
 
-async def test_moving_on_deletes_the_replaced_marks_and_no_others(client: Redis) -> None:
+async def test_moving_on_deletes_the_replaced_marks_and_no_others(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     slots = place(writer, ["p-1"])
     await writer.advance(SHARD, 1, "me", NOW_NS)
@@ -196,11 +208,11 @@ async def test_moving_on_deletes_the_replaced_marks_and_no_others(client: Redis)
 # -- snapshot frames ---------------------------------------------------------------------------------------
 
 
-async def frames(client: Redis) -> list[bytes]:
+async def frames(client: RedisClient) -> list[bytes]:
     return await client.lrange(redis_keys.snapshots(SHARD), 0, -1)
 
 
-async def test_snapshot_frames_lie_in_order_and_read_as_they_were_made(client: Redis) -> None:
+async def test_snapshot_frames_lie_in_order_and_read_as_they_were_made(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     slots = place(writer, ["p-1", "p-22"])
     await writer.advance(SHARD, 4, "me", NOW_NS)
@@ -214,7 +226,7 @@ async def test_snapshot_frames_lie_in_order_and_read_as_they_were_made(client: R
     assert navs == {b"p-1": 2_001, b"p-22": 3_001}
 
 
-async def test_a_snapshot_frame_of_a_former_owner_is_refused(client: Redis) -> None:
+async def test_a_snapshot_frame_of_a_former_owner_is_refused(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     await writer.advance(SHARD, 5, "newer", NOW_NS)
     assert await writer.push_snapshot(SHARD, 4, b"frame") == (FlushOutcome.FENCED, 0)
@@ -223,7 +235,7 @@ async def test_a_snapshot_frame_of_a_former_owner_is_refused(client: Redis) -> N
 
 @pytest.mark.parametrize("pointer", [None, 9])
 async def test_a_snapshot_frame_before_its_epoch_is_published_is_not_taken_yet(
-    client: Redis, pointer: int | None
+    client: RedisClient, pointer: int | None
 ) -> None:
     writer = HotStateWriter(client)
     if pointer is not None:
@@ -234,7 +246,7 @@ async def test_a_snapshot_frame_before_its_epoch_is_published_is_not_taken_yet(
     assert await writer.push_snapshot(SHARD, 10, b"frame") == (FlushOutcome.WRITTEN, 0)
 
 
-async def test_beyond_the_bound_the_oldest_snapshot_frames_are_dropped_and_counted(client: Redis) -> None:
+async def test_beyond_the_bound_the_oldest_snapshot_frames_are_dropped_and_counted(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     await writer.advance(SHARD, 1, "me", NOW_NS)
     await client.rpush(redis_keys.snapshots(SHARD), *(b"%d" % n for n in range(SNAPSHOT_FRAMES_MAX - 1)))
@@ -247,7 +259,7 @@ async def test_beyond_the_bound_the_oldest_snapshot_frames_are_dropped_and_count
 # -- positions and sectors ---------------------------------------------------------------------------------
 
 
-async def test_positions_and_sectors_are_written_whole_and_replaced(client: Redis) -> None:
+async def test_positions_and_sectors_are_written_whole_and_replaced(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     before = PositionsChange(
         "p-1",
@@ -270,7 +282,7 @@ async def test_positions_and_sectors_are_written_whole_and_replaced(client: Redi
     assert await quantities(client) == {"NEW": "7"}
 
 
-async def test_positions_of_an_older_epoch_are_refused(client: Redis) -> None:
+async def test_positions_of_an_older_epoch_are_refused(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     await writer.advance(SHARD, 2, "newer", NOW_NS)
     await writer.write_positions(SHARD, 2, [holding("2")])
@@ -278,7 +290,7 @@ async def test_positions_of_an_older_epoch_are_refused(client: Redis) -> None:
     assert await quantities(client) == {"AAPL": "2"}
 
 
-async def test_a_former_owner_can_not_write_between_the_new_ones_positions_and_its_pointer(client: Redis) -> None:
+async def test_a_former_owner_can_not_write_between_the_new_ones_positions_and_its_pointer(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     await writer.advance(SHARD, 1, "former", NOW_NS)
     assert await writer.write_positions(SHARD, 2, [holding("2", replace=True)])
@@ -286,7 +298,7 @@ async def test_a_former_owner_can_not_write_between_the_new_ones_positions_and_i
     assert await quantities(client) == {"AAPL": "2"}
 
 
-async def test_positions_written_before_the_pointer_do_not_make_one(client: Redis) -> None:
+async def test_positions_written_before_the_pointer_do_not_make_one(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     slots = place(writer, ["p-1"])
     await writer.write_positions(SHARD, 2, [holding("2")])
@@ -294,7 +306,7 @@ async def test_positions_written_before_the_pointer_do_not_make_one(client: Redi
 
 
 @pytest.mark.parametrize("count", [3_999, 4_000, 4_001, 9_500])
-async def test_a_portfolio_of_thousands_of_positions_is_written_and_closed(client: Redis, count: int) -> None:
+async def test_a_portfolio_of_thousands_of_positions_is_written_and_closed(client: RedisClient, count: int) -> None:
     writer = HotStateWriter(client)
     symbols = [f"S-{number}" for number in range(count)]
     positions = {symbol: HotPosition(symbol[2:], 1, 2, 3, 4) for symbol in symbols}
@@ -306,7 +318,7 @@ async def test_a_portfolio_of_thousands_of_positions_is_written_and_closed(clien
     assert await quantities(client) == {}
 
 
-async def test_more_portfolios_than_one_script_call_takes_are_all_written(client: Redis) -> None:
+async def test_more_portfolios_than_one_script_call_takes_are_all_written(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     names = [f"p-{number}" for number in range(450)]
     assert await writer.write_positions(SHARD, 1, [holding(name[2:], name=name) for name in names])

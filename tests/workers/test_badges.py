@@ -159,7 +159,7 @@ async def test_a_proof_becomes_one_award_and_one_event(proofs: Proofs) -> None:
     name = await proofs.portfolio()
     redis = connect_redis(proofs.settings, "test")
     listener = redis.pubsub()
-    await listener.subscribe(redis_keys.BADGES_CHANNEL)
+    await listener.ssubscribe(redis_keys.BADGES_CHANNEL)
     async with working(proofs.settings):
         await proofs.prove(message(name))
         await until_answered(proofs.delivered)
@@ -167,7 +167,7 @@ async def test_a_proof_becomes_one_award_and_one_event(proofs: Proofs) -> None:
         assert await proofs.events(name) == [(1, "UNLOCKED", "first_fill")]
         told = None
         async with asyncio.timeout(5):
-            while told is None or told["type"] != "message":
+            while told is None or told["type"] != "smessage":
                 told = await listener.get_message(timeout=1)
         assert msgspec.msgpack.decode(told["data"]) == [name]
     await listener.aclose()  # type: ignore[no-untyped-call]

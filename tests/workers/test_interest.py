@@ -254,7 +254,7 @@ async def test_the_channels_are_those_of_the_shards_that_are_ours(redis_db: str)
     async with Redis.from_url(redis_db, protocol=3) as redis, listening(redis_db, book, lambda: owned) as interest:
 
         async def listeners(shard: int) -> int:
-            ((_, count),) = await redis.pubsub_numsub(redis_keys.interest_channel(shard))
+            ((_, count),) = await redis.pubsub_shardnumsub(redis_keys.interest_channel(shard))
             return int(count)
 
         async def until(count: int) -> None:
@@ -265,9 +265,9 @@ async def test_the_channels_are_those_of_the_shards_that_are_ours(redis_db: str)
         owned.add(3)
         await until(1)
         channel = redis_keys.interest_channel(3)
-        await redis.publish(channel, b"no frame")
+        await redis.spublish(channel, b"no frame")
         frame = InterestFrame("node", 60_000, False, ["p-1"])
-        await redis.publish(channel, interest_encoder.encode(frame))
+        await redis.spublish(channel, interest_encoder.encode(frame))
         await watches(interest, book, {"p-1"}, shard=3)
         owned.discard(3)
         await until(0)

@@ -143,6 +143,6 @@ async def test_what_can_not_be_read_is_passed_over(hot: HotStateBuilder) -> None
     await hot.redis.hset(redis_keys.PRICES, "BAD", b"no quote")
     await hot.quotes([Quote("AAPL", "100", 1, "feed", 1)])
     async with watching(hot, "AAPL") as history:
-        await hot.redis.publish(redis_keys.QUOTES_CHANNEL, b"no frame")
+        await hot.redis.spublish(redis_keys.QUOTES_CHANNEL, b"no frame")
         await hot.quote("one", 1, [Quote("AAPL", "101", 2, "feed", 2)])
         await until_undone(history, {"AAPL"}, ("AAPL", "100", 1))

@@ -53,7 +53,7 @@ async def ends_at(intake: QuoteIntake, quote: Quote) -> None:
 async def publish(hot: HotStateBuilder, sequence: int, *quotes: Quote) -> None:
     """A frame alone, as one that was under way while `prices` went on."""
     data = quote_frame_encoder.encode(QuoteFrame("one", sequence, 1, list(quotes)))
-    await hot.redis.publish(redis_keys.QUOTES_CHANNEL, data)
+    await hot.redis.spublish(redis_keys.QUOTES_CHANNEL, data)
 
 
 async def test_what_was_published_last_is_right_also_with_an_older_instant(redis_db: str, hot: HotStateBuilder) -> None:

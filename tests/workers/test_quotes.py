@@ -100,7 +100,7 @@ async def listening(client: Redis) -> AsyncIterator[list[QuoteFrame]]:
     """The frames that were published meanwhile."""
     frames: list[QuoteFrame] = []
     async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
-        await pubsub.subscribe(QUOTES_CHANNEL)
+        await pubsub.ssubscribe(QUOTES_CHANNEL)
 
         async def listen() -> None:
             while True:
