@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -262,7 +262,7 @@ async def test_a_reversal_is_retried_under_its_id(writing: Gateway) -> None:
     deposit = script.cash("DEPOSIT", "10")
     reversal = script.reverse(deposit)
     assert reversal is not None
-    script.entries[-1] = replace(reversal, event_id=f"{script.portfolio_id}/again")
+    script.entries[-1] = msgspec.structs.replace(reversal, event_id=f"{script.portfolio_id}/again")
     await script.write(writing.ledger.pool)
     given = {"portfolioId": script.portfolio_id, "reverses": deposit.event_id}
     receipt = (await writing.ask(REVERSE, {"in": {**given, "eventId": "again"}}))["recordReversal"]
