@@ -212,7 +212,7 @@ class LiveOperation:
 
     def __init__(self, deliveries: Deliveries, outlet: Outlet, prefix: bytes) -> None:
         self._deliveries = deliveries
-        self._outlet = outlet
+        self._outlet: Outlet | None = outlet
         self._prefix = prefix
         self._member: Member | None = None
 
@@ -221,6 +221,8 @@ class LiveOperation:
 
     async def deliver(self, portfolio: PortfolioIdentity, projection: object, max_rate_hz: float) -> None:
         place = (portfolio.shard, portfolio.portfolio_id)
+        if self._outlet is None:
+            return
         self._member = self._deliveries.join(
             self._outlet, self._prefix, place, cast(Projection, projection), 1 / max_rate_hz
         )
@@ -231,5 +233,8 @@ class LiveOperation:
 
     def end(self) -> None:
         """Send nothing more, without waiting for the operation's task to be cancelled."""
-        if self._member is not None:
-            self._deliveries.leave(self._member)
+        member, self._member = self._member, None
+        # A connection of a pool that was opened within the operation keeps its context, and this, while it lives.
+        self._outlet = None
+        if member is not None:
+            self._deliveries.leave(member)

@@ -189,6 +189,7 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
         try:
             await super().run_operation(operation)
         finally:
+            live.end()
             if self._live.get(operation.id) is live:
                 del self._live[operation.id]
 
