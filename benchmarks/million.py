@@ -35,8 +35,8 @@ MEASURE_S = 30.0
 CHUNK = 50_000
 
 _POSITIONS = """
-    INSERT INTO position (portfolio_id, symbol, quantity, cost, realized, fees, opened_at, opened_sequence)
-    SELECT id, 'A' || lpad(asset::text, 3, '0'), quantity, quantity * price, 0, 0, $1, 1
+    INSERT INTO position (portfolio_id, symbol, quantity, cost, realized, fees, opened_at, opened_sequence, held_since)
+    SELECT id, 'A' || lpad(asset::text, 3, '0'), quantity, quantity * price, 0, 0, $1, 1, $1
     FROM held, unnest(assets, quantities, prices) AS of (asset, quantity, price)
 """
 
