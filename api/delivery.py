@@ -3,7 +3,8 @@
     hub ──row──► Group (portfolio, projection): encodes once ──► Member (one subscription) ──► Outlet (one socket)
 
 A subscription whose selection was compiled (api/projection.py) becomes a `Member` of the `Group` of all that show the
-same of the same portfolio (api/groups.py, which says who is sent what, and when); its own task waits, and ends with it.
+same of the same portfolio (api/groups.py, which says who is sent what, and when). Its execution ends there, and with it
+all that it held; its own task waits to be cancelled.
 
 All that one pass (a frame, a tick of the wheel, a socket becoming writable) has for one socket leaves in one write,
 WRITE_DELAY_S after the first of it. A socket that is not writable is written nothing and nothing is encoded for it; its
@@ -56,6 +57,8 @@ class Deliveries:
         self._heartbeat_s = heartbeat_s
         self._send_timeout_s = send_timeout_s
         self._groups: dict[tuple[Place, Hashable], Group] = {}
+        # By its key, and how many groups have it: a few are shared by thousands, and stay in the processor's cache.
+        self._projections: dict[Hashable, tuple[Projection, int]] = {}
         self._write_delay_s = write_delay_s
         self._wheel: Wheel[Member | Outlet] = Wheel(tick_s)
         self._timer: asyncio.TimerHandle | None = None
@@ -68,11 +71,9 @@ class Deliveries:
 
     def join(self, outlet: Outlet, prefix: bytes, place: Place, projection: Projection, interval_s: float) -> Member:
         """Begin a subscription. It must be left."""
-        key = (place, projection.key)
-        group = self._groups.get(key)
+        group = self._groups.get((place, projection.key))
         if group is None:
-            group = self._groups[key] = Group(self, key, projection)
-            self._hub.add_receiver(place, group)
+            group = self._begin_group(place, projection)
         member = Member(group, outlet, prefix, interval_s, self.now_s())
         group.fresh.append(member)
         group.members_count += 1
@@ -91,9 +92,23 @@ class Deliveries:
         member.edge_tick = member.beat_tick = -1
         member.outlet.waiting.pop(member, None)
         if not group.members_count:
-            del self._groups[group.key]
-            self._hub.drop_receiver(group.place, group)
+            self._end_group(group)
         self._hub.end_watch()
+
+    def _begin_group(self, place: Place, projection: Projection) -> Group:
+        known, groups_count = self._projections.get(projection.key, (projection, 0))
+        self._projections[known.key] = (known, groups_count + 1)
+        group = self._groups[place, known.key] = Group(self, place, known)
+        self._hub.add_receiver(place, group)
+        return group
+
+    def _end_group(self, group: Group) -> None:
+        key = group.projection.key
+        del self._groups[group.place, key]
+        self._hub.drop_receiver(group.place, group)
+        known, groups_count = self._projections.pop(key)
+        if groups_count > 1:
+            self._projections[key] = (known, groups_count - 1)
 
     def writable(self, outlet: Outlet) -> None:
         """A socket can be written to again: those who waited for it are served."""
@@ -208,7 +223,11 @@ class Deliveries:
 
 
 class LiveOperation:
-    """One operation's way to its outlet: what resolvers know as LiveDelivery."""
+    """One operation's way to its outlet: what resolvers know as LiveDelivery.
+
+    `deliver` only begins: graphql-core's execution ends there, and all that it held is let go. Whoever runs the
+    operation waits in `ended`.
+    """
 
     def __init__(self, deliveries: Deliveries, outlet: Outlet, prefix: bytes) -> None:
         self._deliveries = deliveries
@@ -226,10 +245,11 @@ class LiveOperation:
         self._member = self._deliveries.join(
             self._outlet, self._prefix, place, cast(Projection, projection), 1 / max_rate_hz
         )
-        try:
+
+    async def ended(self) -> None:
+        """Wait for as long as something is delivered: until the operation is cancelled, if anything is."""
+        if self._member is not None:
             await asyncio.get_running_loop().create_future()
-        finally:
-            self.end()
 
     def end(self) -> None:
         """Send nothing more, without waiting for the operation's task to be cancelled."""

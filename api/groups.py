@@ -126,7 +126,6 @@ class Group:
         "heard",
         "idle",
         "is_stale",
-        "key",
         "members_count",
         "place",
         "projection",
@@ -137,10 +136,9 @@ class Group:
         "withheld_count",
     )
 
-    def __init__(self, deliveries: Deliveries, key: tuple[Place, Hashable], projection: Projection) -> None:
+    def __init__(self, deliveries: Deliveries, place: Place, projection: Projection) -> None:
         self.deliveries = deliveries
-        self.key = key
-        self.place = key[0]
+        self.place = place
         self.projection = projection
         self.compares_before = projection.compares_before
         self.shows_latency = projection.shows_latency

@@ -205,7 +205,10 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
             _log.error("socket_task_failed", request_id=self.context.request_id, exc_info=error)
 
     async def _send_result_stream(self, operation: Any, result_source: Any) -> None:
-        """As Strawberry's, but a stream that fails before its first value ends in `error`, not in a `next`."""
+        """As Strawberry's, but a stream that fails before its first value ends in `error`, not in a `next`.
+
+        One whose results have ended because they are delivered otherwise goes on.
+        """
         first = True
         async for result in result_source:
             if first and isinstance(result, ExecutionResult) and _failed_at_once(result):
@@ -214,6 +217,10 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
             first = False
             result.errors = self._public(result.errors) if result.errors else None
             await operation.send_next(result)
+        live = live_delivery.get()
+        if isinstance(live, LiveOperation):
+            operation.query, operation.variables = "", None  # 64 KiB of each may have been sent
+            await live.ended()
 
     def _public(self, errors: list[GraphQLError]) -> list[GraphQLError]:
         return [published(error, self.context.request_id) for error in errors]

@@ -18,7 +18,8 @@ A compiled stream holds back what the client has not taken; of the others one re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import orjson
@@ -117,7 +118,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        results: AsyncIterator[Any],
+        results: AsyncGenerator[Any, None],
         encode: Encode,
         subject: Subject | None,
         settings: Settings,
@@ -181,9 +182,15 @@ class EventStream(Response):
 
     async def _run(self, outlet: EventOutlet) -> None:
         """Run the operation; returns when it has no more results."""
-        live_delivery.set(LiveOperation(self._deliveries, outlet, _NEXT))
-        async for result in self._results:
-            await outlet.put(orjson.dumps(await self._encode(result)))
+        live = LiveOperation(self._deliveries, outlet, _NEXT)
+        live_delivery.set(live)
+        try:
+            async with aclosing(self._results):
+                async for result in self._results:
+                    await outlet.put(orjson.dumps(await self._encode(result)))
+            await live.ended()
+        finally:
+            live.end()
 
     async def _send(self, outlet: EventOutlet, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

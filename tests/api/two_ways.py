@@ -104,11 +104,16 @@ class TwoWays:
         self.tasks.append(asyncio.create_task(self._run(query, None, reader)))
         self.tasks.append(asyncio.create_task(self._run(query, live, Reader())))
 
-    async def _run(self, query: str, live: LiveDelivery | None, reader: Reader) -> None:
+    async def _run(self, query: str, live: LiveOperation | None, reader: Reader) -> None:
         results = await SCHEMA.stream(
             query, variable_values={"id": PORTFOLIO_ID, "rate": 1 / INTERVAL_S}, context_value=self._context(live)
         )
         await reader.read(cast(Any, results))
+        if live is not None:
+            try:
+                await live.ended()
+            finally:
+                live.end()
 
     def _context(self, live: LiveDelivery | None) -> Context:
         async def find(_: str) -> PortfolioIdentity:
