@@ -231,17 +231,17 @@ class LiveOperation:
 
     def __init__(self, deliveries: Deliveries, outlet: Outlet, prefix: bytes) -> None:
         self._deliveries = deliveries
-        self._outlet: Outlet | None = outlet
         self._prefix = prefix
+        self._outlet: Outlet | None = outlet
         self._member: Member | None = None
 
     def compile(self, info: Info) -> object | None:
         return self._deliveries.compile_projection(info)
 
     async def deliver(self, portfolio: PortfolioIdentity, projection: object, max_rate_hz: float) -> None:
-        place = (portfolio.shard, portfolio.portfolio_id)
         if self._outlet is None:
             return
+        place = (portfolio.shard, portfolio.portfolio_id)
         self._member = self._deliveries.join(
             self._outlet, self._prefix, place, cast(Projection, projection), 1 / max_rate_hz
         )
@@ -252,9 +252,11 @@ class LiveOperation:
             await asyncio.get_running_loop().create_future()
 
     def end(self) -> None:
-        """Send nothing more, without waiting for the operation's task to be cancelled."""
-        member, self._member = self._member, None
-        # A connection of a pool that was opened within the operation keeps its context, and this, while it lives.
-        self._outlet = None
-        if member is not None:
-            self._deliveries.leave(member)
+        """Send nothing more, without waiting for the operation's task to be cancelled.
+
+        Timers that were begun meanwhile, such as those of a pool of connections, hold the operation's context for
+        minutes, and with it this; so it lets go of what it had.
+        """
+        if self._member is not None:
+            self._deliveries.leave(self._member)
+        self._member = self._outlet = None
