@@ -4,7 +4,7 @@
 
     1. moves the shard's offset, asserting its epoch             a zombie's transaction ends here (Fenced)
     2. reads what the records refer to                           entries with their ids, portfolios, positions
-    3. books them (engine.booking), in the log's order
+    3. books them (engine.booking), each portfolio's in the log's order, in steps between which others have their turn
     4. writes entries, positions, portfolios, unheard-of assets  all or nothing
     5. writes what follows from them (`Prover`)
 
@@ -14,6 +14,7 @@ who produces them before the transaction commits.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -92,7 +93,9 @@ class LedgerWriter:
         batch = Batch(lease.shard, records, marks, recorded_at, prover)
         async with self._engine.begin() as connection:
             await _move_offset(connection, lease, next_offset, records[-1].offset + 1)
-            outcome = batch.book(await _known(await driver_of(connection), batch, splits))
+            for _ in batch.steps(await _known(await driver_of(connection), batch, splits)):
+                await asyncio.sleep(0)
+            outcome = batch.outcome
             await write_booked(connection, lease.shard, outcome)
             if prover is not None:
                 await prover.write(await driver_of(connection))

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 
-from engine.booking import Batch, Known, Record
+from engine.booking import EVENTS_PER_STEP, Batch, Known, Record
 from tests.bookkeeping import AT, Bookkeeping, cash, fill, opening, record
 from tests.oracle import MICRO
 
@@ -148,3 +148,51 @@ def test_a_long_and_a_short_can_not_pile_up_cost_beyond_the_range() -> None:
     refused = kept.send(fill("p-1", "SELL", "1000", "570000000", "b", symbol="MSFT"))
     assert [letter.code for letter in refused[0].dead_letters] == ["TOO_LARGE"]
     kept.check()
+
+
+# -- in steps --------------------------------------------------------------------------------------------------
+
+
+def flows(portfolios_count: int, per_portfolio: int) -> list[Record]:
+    """Deposits of many portfolios, one after the other in turn."""
+    names = [f"p-{number}" for number in range(portfolios_count)]
+    events = [cash(name, "DEPOSIT", "1", f"{name}-{at}") for at in range(per_portfolio) for name in names]
+    return [record(event, offset) for offset, event in enumerate(events)]
+
+
+def test_a_large_batch_pauses_between_portfolios_and_each_is_booked_at_prices_of_one_moment() -> None:
+    kept, names = Bookkeeping(), [f"p-{number}" for number in range(60)]
+    kept.send(*(opening(name) for name in names), *(fill(name, "BUY", "1", "10", f"b-{name}") for name in names))
+    batch = Batch(0, flows(60, 3), kept.book, kept.now)
+    steps, prices = batch.steps(kept.known(batch, 0)), 0
+    for prices, _ in enumerate(steps, 1):
+        kept.tick("AAPL", str(10 + prices))
+    assert prices == 60 * 3 // (EVENTS_PER_STEP + 2)
+    outcome = batch.outcome
+    assert [entry.event_id for entry in outcome.entries] == [f"{name}-{at}" for at in range(3) for name in names]
+    befores: dict[str, list[int]] = {}
+    for entry in outcome.entries:
+        befores.setdefault(entry.portfolio_id, []).append(entry.nav_before or 0)
+    for first, *later in befores.values():
+        assert later == [first + MICRO, first + 2 * MICRO]
+    assert len({first for first, *_ in befores.values()}) == prices + 1
+
+
+@pytest.mark.parametrize("later", ["p-1", "p-2"])
+def test_of_an_id_that_two_portfolios_use_the_first_in_the_log_counts(later: str) -> None:
+    kept = Bookkeeping()
+    kept.send(opening("p-1"), opening("p-2"))
+    first = {"p-1": "p-2", "p-2": "p-1"}[later]
+    batch = Batch(
+        0,
+        [
+            record(cash("p-1", "DEPOSIT", "9", "d0"), 0),
+            record(cash(first, "DEPOSIT", "1", "same"), 1),
+            record(cash(later, "DEPOSIT", "1", "same"), 2),
+        ],
+        kept.book,
+        kept.now,
+    )
+    outcome = batch.book(kept.known(batch, 0))
+    assert [(entry.portfolio_id, entry.event_id) for entry in outcome.entries] == [("p-1", "d0"), (first, "same")]
+    assert [(letter.record.offset, letter.code) for letter in outcome.dead_letters] == [(2, "EVENT_ID_REUSED")]
