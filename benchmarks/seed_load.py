@@ -30,6 +30,7 @@ SEED = 20_261_122
 PORTFOLIOS_AT_ONCE = 50_000  # 200 MB of races
 OPENED_AT = datetime(2026, 11, 1, tzinfo=UTC)
 ENTRIES_PER_STATEMENT = 10_000
+PORTFOLIOS_PER_STATEMENT = 1_000
 DEPOSIT = "10000000"
 ASSET_COLUMNS = ["symbol", "name", "asset_class", "sector", "industry"]
 
@@ -143,7 +144,10 @@ async def fill_database(postgres_url: str, load: Load, shard_of: dict[str, int])
     assets = [(load.symbol(n), load.symbol(n), "EQUITY", f"Sector {n % 11}", "") for n in range(ASSETS_COUNT)]
     await connection.copy_records_to_table("asset", records=assets, columns=ASSET_COLUMNS)
     await connection.copy_records_to_table("portfolio", records=accounts)
-    await write_positions(connection, portfolios, {name: held.positions for name, held in portfolios.items()})
+    names = list(portfolios)
+    for first in range(0, len(names), PORTFOLIOS_PER_STATEMENT):
+        held = {name: portfolios[name].positions for name in names[first : first + PORTFOLIOS_PER_STATEMENT]}
+        await write_positions(connection, portfolios, held)
     for first in range(0, len(entries), ENTRIES_PER_STATEMENT):
         await write_entries(connection, entries[first : first + ENTRIES_PER_STATEMENT])
     await connection.execute("ANALYZE")

@@ -49,6 +49,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -332,6 +333,8 @@ def day_returns(
     return returns
 
 
+# All portfolios' curves have the same days.
+@lru_cache(maxsize=4_096)
 def _is_session(day: int, sessions: Sessions | None) -> bool:
     if sessions is None:
         return (day - _MONDAY) % 7 < 5

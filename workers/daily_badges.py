@@ -91,7 +91,7 @@ class DailyBadges:
 
     async def _judge(self, closed_at: datetime) -> None:
         with telemetry.DAILY_BADGES.time():
-            count = await judge_close(self._connection, self._topic, closed_at, self._sessions, _rest)
+            count = await judge_close(self._connection, self._topic, closed_at, self._sessions, rest_between_chunks)
         _log.info("close_judged", closed_at=closed_at.isoformat(), proofs=count)
 
     async def _is_due(self, close_ns: int, last_ns: int, waited_s: float) -> bool:
@@ -148,5 +148,5 @@ async def _lacking(connection: Connection, rule: Rule, after: str, closed_at: da
     return [row[0] for row in rows]
 
 
-async def _rest(took_s: float) -> None:
+async def rest_between_chunks(took_s: float) -> None:
     await asyncio.sleep(min(took_s, 1.0))

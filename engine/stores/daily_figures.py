@@ -37,8 +37,8 @@ from engine.sessions import Sessions
 from engine.stores.ledger_reads import PoolSource
 from engine.stores.outbox import Connection
 
-# Of one statement and one turn of the loop.
-CHUNK_COUNT = 200
+# Of one statement and one turn of the loop, which so many hold for some 20 ms.
+CHUNK_COUNT = 50
 REMEMBERED_COUNT_MAX = 5_000
 
 _POINTS = """
