@@ -151,12 +151,15 @@ async def test_an_outage_is_two_lines_in_the_log(valkey_url: str, database: str)
                 await asyncio.sleep(1)
                 await redis.come_back()
                 await asyncio.sleep(3)
+
+                def lines() -> list[str]:
+                    return [line["event"] for line in logs if line.get("dependency") == "live_feed"]
+
                 async with asyncio.timeout(WAIT_S):
-                    while not any(line["event"] == "dependency_back" for line in logs):
+                    while "dependency_back" not in lines():
                         await gateway.redis.publish(SHARD, frame(SHARD, 1, 9))
                         await asyncio.sleep(0.1)
-        lines = [line["event"] for line in logs if line.get("dependency") == "live_feed"]
-        assert lines == ["dependency_away", "dependency_back"]
+        assert lines() == ["dependency_away", "dependency_back"]
 
 
 async def test_positions_that_could_not_be_read_at_first_are_shown_once_they_can(
