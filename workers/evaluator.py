@@ -43,7 +43,7 @@ from engine.stores.shards_postgres import Shards
 from engine.stores.thresholds_postgres import WatchedThresholds
 from workers.action_booking import ActionBooking
 from workers.badge_proving import BadgeProving
-from workers.batch_posting import post_in_steps
+from workers.batch_posting import post_in_steps, slots_in
 from workers.corporate_actions import ActionSchedule
 from workers.dead_letters import bury
 from workers.event_gathering import gather_events
@@ -394,6 +394,9 @@ class Evaluator:
         self.sectors.learn(booked.unclassified)
         await post_in_steps(self, shard, booked)
         self.badges.booked(prover, booked)
+        # Flushed meanwhile, before badges knew of them, was what opened.
+        opened = [name for name in booked.opened if name in self.book]
+        self.badges.look(shard, slots_in(self.book, opened), self.flusher.as_of_ns)
 
     def load_again(self, shard: OwnedShard) -> None:
         """Read a shard from the ledger anew before anything else is booked on it."""

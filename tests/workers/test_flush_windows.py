@@ -504,7 +504,7 @@ def test_frames_of_marks_have_the_shown_rows_alone() -> None:
         writer.layout.place(slot, name)
     sent: list[bytes] = []
 
-    async def send_all(commands: list[list[bytes]], _: int) -> list[int]:
+    async def send_all(_: str, commands: list[list[bytes]]) -> list[int]:
         sent.extend(b"".join(command) for command in commands)
         return [2, 1]
 
