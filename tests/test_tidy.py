@@ -194,7 +194,7 @@ _REDIS_KEY = re.compile(r"^(prices|quotes)$|\b(marks|shard|positions|sectors|sec
 
 def test_redis_keys_are_built_in_one_place() -> None:
     """A key spelled twice is a key that one day differs; and only with its hash tag a shard is one Cluster slot."""
-    calls = {"hset", "hget", "hgetall", "hmget", "publish", "subscribe", "delete", "unlink", "zadd", "get", "set"}
+    calls = {"hset", "hget", "hgetall", "hmget", "spublish", "ssubscribe", "delete", "unlink", "zadd", "get", "set"}
     found = []
     for path in PROGRAM:
         if path.name == "redis_keys.py":

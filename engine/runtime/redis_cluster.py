@@ -78,6 +78,11 @@ class ClusterClient(RedisCluster):
             raise ValueError("a cluster has no transactions across slots")
         return ClusterPipeline(self)
 
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """redis-py's, which sends a client's very first command to any node, also one that is away."""
+        await self.ready()
+        return await super().execute_command(*args, **options)
+
     async def ready(self) -> None:
         """Know the topology, as it was when a node last failed or later. Raises RedisClusterException, RedisError."""
         await self.initialize()

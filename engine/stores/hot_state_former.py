@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.book_columns import Int64s
 from engine.marks import MARK
-from engine.runtime.connections import RedisClient
+from engine.runtime.connections import RedisClient, run_script
 from engine.stores import redis_keys
 
 # One answer is of at most this many marks: 720 kB.
@@ -60,7 +60,7 @@ class FormerHotState:
 
     async def claim(self, shard: int, epoch: int) -> FormerState | None:
         """Keep former owners from writing positions; None when a newer epoch has the shard."""
-        found = await self._redis.execute_command("EVAL", _CLAIM, 1, redis_keys.shard(shard), epoch)
+        found = await run_script(self._redis, _CLAIM, [redis_keys.shard(shard)], [epoch])
         if found is None:
             return None
         former, basis = found
@@ -77,4 +77,4 @@ class FormerHotState:
 
     async def set_basis(self, shard: int, epoch: int, basis: str) -> bool:
         """Say what all positions of a shard were written with; False when another epoch has claimed them."""
-        return bool(await self._redis.execute_command("EVAL", _SET_BASIS, 1, redis_keys.shard(shard), epoch, basis))
+        return bool(await run_script(self._redis, _SET_BASIS, [redis_keys.shard(shard)], [epoch, basis]))

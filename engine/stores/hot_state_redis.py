@@ -14,8 +14,7 @@ only the marks are filled in per flush; ids of equal length share one array, bec
 
 Positions and sectors are written by a script that compares the epoch inside Redis, all of a batch at once.
 
-In a cluster all of it goes to the master of the shard's slot. Scripts are sent whole, never by their hash, as a node
-that does not know one would have to be taught together with all others, also those that are away.
+In a cluster all of it goes to the master of the shard's slot.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from redis.asyncio.connection import AbstractConnection
 from engine.marks import MARK, FrameHeader, MarkArray, encode_frame, frame_parts
 from engine.positions import hot_position_encoder
 from engine.posting import PositionsChange
-from engine.runtime.connections import RedisClient
+from engine.runtime.connections import RedisClient, run_script
 from engine.runtime.redis_cluster import ClusterClient
 from engine.sectors import ranks_of, sector_value_encoder
 from engine.stores import redis_keys
@@ -194,7 +193,7 @@ class HotStateWriter:
 
     async def advance(self, shard: int, epoch: int, owner: str, now_ns: int) -> bool:
         """Point readers at `epoch`, unless they are beyond it already (False). Deletes the replaced marks."""
-        replaced = int(await self._run(_ADVANCE, [redis_keys.shard(shard)], [epoch, owner, now_ns]))
+        replaced = int(await run_script(self._redis, _ADVANCE, [redis_keys.shard(shard)], [epoch, owner, now_ns]))
         if 0 < replaced < epoch:
             await self._redis.unlink(redis_keys.marks(shard, replaced))
         return replaced >= 0
@@ -240,7 +239,7 @@ class HotStateWriter:
         LOST: nothing was written, because the pointer is not at this epoch yet or Redis forgot it.
         """
         keys = [redis_keys.shard(shard), redis_keys.snapshots(shard)]
-        dropped = int(await self._run(_SNAPSHOT, keys, [epoch, frame, SNAPSHOT_FRAMES_MAX]))
+        dropped = int(await run_script(self._redis, _SNAPSHOT, keys, [epoch, frame, SNAPSHOT_FRAMES_MAX]))
         if dropped < 0:
             return (FlushOutcome.LOST if dropped == -1 else FlushOutcome.FENCED), 0
         return FlushOutcome.WRITTEN, dropped
@@ -260,9 +259,6 @@ class HotStateWriter:
         head = b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in arguments)
         frame_size = b"$%d\r\n" % sum(map(len, frame))
         return [b"*%d\r\n" % (len(arguments) + 1), head, frame_size, *frame, b"\r\n"]
-
-    async def _run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        return await self._redis.execute_command("EVAL", script, len(keys), *keys, *arguments)
 
     async def _send(self, key: str, commands: list[list[bytes]]) -> list[Any]:
         """Send packed commands of the key's slot on one pooled connection and read their replies."""
@@ -295,7 +291,7 @@ class HotStateWriter:
             arguments.append(_packed(change))
             values_count += 3 + len(change.closed) + 2 * len(change.positions) + 4 * len(change.sectors)
             if values_count >= VALUES_PER_SCRIPT or change is changes[-1]:
-                if not await self._run(_POSITIONS, keys, arguments):
+                if not await run_script(self._redis, _POSITIONS, keys, arguments):
                     return False
                 del keys[1:], arguments[1:]
                 values_count = 0

@@ -3,12 +3,15 @@ a lost Redis answers."""
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from redis.exceptions import RedisError
 
 from engine.marks import MARK, FrameHeader, MarkArray, decode_frame, decode_mark
 from engine.positions import HotPosition, hot_position_decoder
@@ -19,6 +22,7 @@ from engine.runtime.subscriber import NoticeKind, Subscriber
 from engine.sectors import SectorValue, sector_value_decoder
 from engine.stores import redis_keys
 from engine.stores.hot_state_redis import SNAPSHOT_FRAMES_MAX, FlushOutcome, HotStateWriter, MarksLayout
+from tests.redis_cluster import RedisClusterServers
 
 SHARD = 3
 NOW_NS = 1_700_000_000_000_000_000
@@ -178,6 +182,56 @@ async def test_an_error_reply_leaves_no_answer_behind_for_the_next_command(clien
     assert await client.hget(redis_keys.shard(SHARD), "owner") == b"me"
     await client.delete(redis_keys.marks(SHARD, 1))
     assert await writer.flush(header(1, 2), slots, marks_of(1)) is FlushOutcome.WRITTEN
+
+
+async def test_a_slot_that_moves_while_shards_are_flushed_loses_nothing(
+    cluster_db: RedisClusterServers,
+) -> None:
+    """Key by key, as `valkey-cli --cluster reshard` does it, to and fro."""
+    client = connect_redis(Settings(redis_url=cluster_db.url, redis_timeout_s=5), "test")
+    writer, shown = HotStateWriter(client), Subscriber(client)
+    slots, key = place(writer, ["p-1", "p-22"]), redis_keys.shard(SHARD)
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    await writer.write_positions(SHARD, 1, [holding("1", name=f"p-{number}") for number in range(20)])
+    shown.listen_to({redis_keys.marks_channel(SHARD)})
+
+    async def move() -> None:
+        for _ in range(2):
+            target = next(master for master in cluster_db.masters if master is not cluster_db.owner(key))
+            await asyncio.to_thread(cluster_db.move, key, target, 3)
+
+    moving, outcomes, sequence = asyncio.create_task(move()), Counter[str](), 0
+    while not moving.done() or sequence < 10:
+        sequence += 1
+        try:
+            outcome = await writer.flush(header(1, sequence), slots, marks_of(2, first=sequence))
+            outcomes[outcome.name] += 1
+        except RedisError as error:
+            outcomes[type(error).__name__] += 1
+    await moving
+    # What could not be flushed at once (the pointer here, the marks there) is flushed again, and then it is there.
+    assert await writer.flush(header(1, sequence + 1), slots, marks_of(2, first=sequence + 1)) is FlushOutcome.WRITTEN
+    assert outcomes.keys() <= {"WRITTEN", "TryAgainError"}
+    assert outcomes["WRITTEN"] > 10
+    stored = await client.hgetall(redis_keys.marks(SHARD, 1))
+    assert [decode_mark(stored[name], 1).nav for name in (b"p-1", b"p-22")] == [
+        1_000 * (sequence + 1) + 1,
+        1_000 * (sequence + 2) + 1,
+    ]
+    assert [await quantities(client, f"p-{number}") for number in range(20)] == [{"AAPL": "1"}] * 20
+    notices = []
+    while (notice := await shown.next(0.2)) is not None:
+        notices.append(notice)
+    # At its new place the channel is confirmed again, at least once each time, so that what was missed is read.
+    kinds = [notice.kind for notice in notices if notice.kind is not NoticeKind.MESSAGE]
+    assert (kinds[0], kinds[-1]) == (NoticeKind.CONFIRMED, NoticeKind.CONFIRMED)
+    assert kinds.count(NoticeKind.CONFIRMED) >= 3
+    await writer.flush(header(1, sequence + 2), slots, marks_of(2))
+    last = await shown.next(5)
+    assert last is not None
+    assert decode_frame(last.data)[0].sequence == sequence + 2
+    await shown.aclose()
+    await client.aclose()
 
 
 # -- the pointer -------------------------------------------------------------------------------------------
