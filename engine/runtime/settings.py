@@ -35,8 +35,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="NAVSTREAM_", frozen=True, extra="ignore")
 
-    # redis://, rediss:// or unix://; of a cluster redis+cluster://user:password@host:port,host:port with any of its nodes
-    # (rediss+cluster:// over TLS).
+    # redis://, rediss:// or unix://; of a cluster redis+cluster://user:password@host:port,host:port with any of its
+    # nodes (rediss+cluster:// over TLS).
     redis_url: str = ""
     postgres_url: str = ""
     kafka_bootstrap: str = ""

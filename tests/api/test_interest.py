@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any
 
@@ -15,8 +15,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from api.hub import Hub
 from api.interest import EXPIRY_INTERVALS, InterestTeller
 from engine.messages import InterestFrame, interest_decoder
+from engine.runtime.connections import connect_redis
 from engine.runtime.settings import Settings
+from engine.runtime.subscriber import NoticeKind, Subscriber
 from engine.stores import redis_keys
+from tests.redis_cluster import RedisClusterServers
 
 WAIT_S = 10
 INTERVAL_MS = 400
@@ -136,3 +139,47 @@ async def test_after_an_outage_everything_is_told(redis: Redis, monkeypatch: pyt
                     _, frame = await heard.next()
                     assert frame.complete
                     assert sorted(frame.portfolio_ids) == ["p-1", "p-2"]
+
+
+async def test_of_a_cluster_whose_one_master_is_away_the_others_are_told_and_it_when_it_is_back(
+    cluster_db: RedisClusterServers,
+) -> None:
+    channels = {redis_keys.interest_channel(shard): shard for shard in range(4)}
+    dead = cluster_db.owner(redis_keys.interest_channel(3))
+    lost = {channel for channel in channels if cluster_db.owner(channel) is dead}
+    redis = connect_redis(Settings(redis_url=cluster_db.url), "test")
+    hub, signal, subscriber = Hub(), asyncio.Event(), Subscriber(redis)
+    subscriber.listen_to(channels)
+
+    async def heard(wanted: Collection[str], name: str) -> None:
+        left = set(wanted)
+        async with asyncio.timeout(WAIT_S):
+            while left:
+                notice = await subscriber.next(WAIT_S)
+                if notice is not None and notice.kind is NoticeKind.MESSAGE:
+                    frame = interest_decoder.decode(notice.data)
+                    left -= {notice.channel} if name in frame.portfolio_ids else set()
+
+    with ExitStack() as watches:
+        for shard in channels.values():
+            watches.enter_context(hub.watch_portfolio(shard, "p-1", signal))
+        teller = asyncio.create_task(InterestTeller(redis, hub, Settings(interest_interval_ms=INTERVAL_MS)).run())
+        try:
+            await heard(channels, "p-1")
+            dead.kill()
+            try:
+                for number in range(2, 5):
+                    for shard in channels.values():
+                        watches.enter_context(hub.watch_portfolio(shard, f"p-{number}", signal))
+                    began_s = time.monotonic()
+                    await heard(channels.keys() - lost, f"p-{number}")
+                    assert time.monotonic() - began_s < 2 * INTERVAL_MS / 1_000
+            finally:
+                dead.start()
+            await heard(lost, "p-4")
+        finally:
+            teller.cancel()
+            with suppress(asyncio.CancelledError):
+                await teller
+            await subscriber.aclose()
+            await redis.aclose()
