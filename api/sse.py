@@ -6,7 +6,7 @@
     event: complete      data:                          the last
     :                    a comment after `heartbeat_interval_s` without an event, so that proxies keep the connection
 
-Who lists text/event-stream beside JSON gets what it prefers, by q-values; what is equal, what it names first.
+Who lists text/event-stream beside JSON gets what it prefers, by q-values; where they are equal, JSON.
 
 Streams are those of the WebSocket: the same hub and checks, compiled where the selection can be (api/delivery.py). A
 stream counts as one of the subject's sockets; one too many is refused with 429. A token that expires ends it with an
@@ -219,13 +219,11 @@ def _refusal() -> Response:
 
 
 def prefers_events(accept: str) -> bool:
-    """Whether the client would rather have events than JSON: the higher q-value wins, then what is named first."""
-    events: tuple[float, int] | None = None
-    json = (0.0, 0)
-    for place, (kind, quality) in enumerate(media_ranges(accept)):
-        rank = (quality, -place)
-        if kind == EVENT_STREAM and quality > 0:
-            events = max(events or rank, rank)
+    """Whether the client would rather have events than JSON: with equal q-values it gets JSON, wherever it names it."""
+    events = json = 0.0
+    for kind, quality in media_ranges(accept):
+        if kind == EVENT_STREAM:
+            events = max(events, quality)
         elif kind in _JSON_KINDS:
-            json = max(json, rank)
-    return events is not None and events > json
+            json = max(json, quality)
+    return events > json

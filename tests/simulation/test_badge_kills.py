@@ -63,7 +63,7 @@ BUNCH_INTERVAL_S = 0.4
 PROVING = [
     ("engine.stores.badges_postgres:write_proofs", "after", "1"),
     ("engine.stores.ledger_postgres:LedgerWriter.book", "after", "1"),
-    ("workers.evaluator:post", "after", "1"),
+    ("workers.evaluator:post_in_steps", "after", "1"),
     ("engine.stores.hot_state_redis:HotStateWriter.write_positions", "after", "1"),
     ("engine.stores.badges_postgres:BadgesStore.prove", "before", "1"),
     ("engine.stores.badges_postgres:BadgesStore.prove", "after", "1"),
