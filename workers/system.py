@@ -50,7 +50,7 @@ READY_TIMEOUT_S = 120
 READY_POLL_INTERVAL_S = 0.1
 # A recorded market opens this long after the plan is made, so that portfolios exist when it moves; on a slow machine
 # so many times as long as servers and schema took to get there.
-MARKET_OPENS_IN_S = 12
+MARKET_OPENS_IN_S = 20
 MARKET_OPENS_FACTOR = 3
 JWT_SECRET_BYTES = 32
 _UNABLE_TO_START: tuple[type[Exception], ...] = (EmbeddedError, ValueError, *AWAY)
