@@ -35,7 +35,7 @@ from engine.runtime.settings import Settings
 from engine.runtime.subscriber import Notice, NoticeKind, Subscriber
 from engine.stores import redis_keys
 
-LISTEN_INTERVAL_S = 0.05  # also how late the channel of a shard that was claimed is subscribed to
+LISTEN_INTERVAL_S = 0.1  # also how late the channel of a shard that was claimed is subscribed to
 
 _log = structlog.get_logger(__name__)
 

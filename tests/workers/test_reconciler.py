@@ -45,6 +45,8 @@ async def system(
         jwt_secret=SecretStr(SECRET),
         reconcile_interval_s=1,
         reconcile_cpu_share_max=1,
+        # A lease that ran out on a busy machine has its shard published anew, and what was corrupted is sound again.
+        lease_duration_ms=60_000,
     )
     async with connected(settings) as one:
         yield one
