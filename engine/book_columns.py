@@ -26,7 +26,7 @@ The same goes for quantities and units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TypeVar
@@ -39,6 +39,8 @@ from engine.marks import MarkQuality
 from engine.messages import Condition
 from engine.positions import carried_value
 
+# Symbol, price (a checked number > 0), instant, what its source says of it.
+PriceQuote = tuple[str, Decimal, int, Condition]
 Number = TypeVar("Number", bound=np.generic)
 Int64s = NDArray[np.int64]
 Slots = NDArray[np.intp]
@@ -67,12 +69,15 @@ class HeldValue:
 
 
 class Columns:
-    """The columns by symbol and by number; and as arrays by number what a window tries its prices with, each one's
-    scale, per_price and units_max."""
+    """The columns by number, their numbers by symbol; and by number what a window of quotes reads and sets of all at
+    once: arrays of their counts, scales and so on, and `said`, the last quote of each."""
 
     def __init__(self) -> None:
-        self.by_symbol: dict[str, Column] = {}
+        self.number_of: dict[str, int] = {}
         self.by_number: list[Column] = []
+        self.said: list[PriceQuote | None] = []
+        self.count = np.zeros(COLUMN_CAPACITY_MIN, np.int64)
+        self.quality = np.zeros(COLUMN_CAPACITY_MIN, np.int8)
         self.scale: Float64s = np.zeros(COLUMN_CAPACITY_MIN, np.float64)
         self.per_price: Float64s = np.zeros(COLUMN_CAPACITY_MIN, np.float64)
         self.units_max: Float64s = np.zeros(COLUMN_CAPACITY_MIN, np.float64)
@@ -81,30 +86,43 @@ class Columns:
         return len(self.by_number)
 
     def get(self, symbol: str) -> Column | None:
-        return self.by_symbol.get(symbol)
+        number = self.number_of.get(symbol)
+        return None if number is None else self.by_number[number]
 
     def of(self, symbol: str) -> Column:
         """The symbol's column, new when there was none."""
-        column = self.by_symbol.get(symbol)
-        if column is None:
-            if len(self) == len(self.scale):
-                for name in ("scale", "per_price", "units_max"):
-                    setattr(self, name, resized(getattr(self, name), 2 * len(self)))
-            column = self.by_symbol[symbol] = Column(symbol, self)
-            self.by_number.append(column)
+        number = self.number_of.get(symbol)
+        return self._new(symbol) if number is None else self.by_number[number]
+
+    def _new(self, symbol: str) -> Column:
+        number = len(self)
+        if number == len(self.scale):
+            for name in ("count", "quality", "scale", "per_price", "units_max"):
+                setattr(self, name, resized(getattr(self, name), 2 * number))
+        self.number_of[symbol] = number
+        self.said.append(None)
+        column = Column(symbol, number, self)
+        self.by_number.append(column)
         return column
 
-    def of_all(self, symbols: Sequence[str]) -> list[Column]:
-        by_symbol = self.by_symbol
+    def numbers(self, symbols: Sequence[str]) -> list[int]:
+        """The numbers of the symbols' columns, which are new where there were none."""
         try:
-            return [by_symbol[symbol] for symbol in symbols]
+            return list(map(self.number_of.__getitem__, symbols))
         except KeyError:
-            return [self.of(symbol) for symbol in symbols]
+            return [self.of(symbol).number for symbol in symbols]
 
-    def put_scales(self, numbers: Slots, scales: Float64s) -> None:
-        self.scale[numbers] = scales
-        for number, scale in zip(numbers.tolist(), scales.tolist(), strict=True):
-            self.by_number[number]._scale = scale
+    def is_twice_in(self, numbers: Slots) -> bool:
+        """Whether a column occurs more than once."""
+        occurs = np.zeros(len(self), np.bool_)
+        occurs[numbers] = True
+        return int(np.count_nonzero(occurs)) < len(numbers)
+
+    def say(self, numbers: Iterable[int], quotes: Iterable[PriceQuote]) -> None:
+        """Keep the quotes that the columns of these numbers are valued at from now on."""
+        said = self.said
+        for number, quote in zip(numbers, quotes, strict=True):
+            said[number] = quote
 
 
 class Column:
@@ -112,35 +130,28 @@ class Column:
 
     __slots__ = (
         "_columns",
+        "_count",
         "_per_price",
-        "_scale",
+        "_quality",
         "_units_max",
-        "condition",
-        "count",
         "decimals",
         "holder",
         "is_ragged",
         "number",
-        "price",
-        "quality",
         "symbol",
-        "ts_event_ns",
         "units",
         "value",
     )
 
-    def __init__(self, symbol: str, columns: Columns) -> None:
+    def __init__(self, symbol: str, number: int, columns: Columns) -> None:
         self.symbol = symbol
-        self.number = len(columns)
+        self.number = number
         self._columns = columns
         self.scale = NOT_WHOLE
         self.count = 0
         self.holder: Slots = np.zeros(COLUMN_CAPACITY_MIN, np.intp)
         self.units: Float64s = np.zeros(COLUMN_CAPACITY_MIN, np.float64)
         self.value: Int64s | None = np.zeros(COLUMN_CAPACITY_MIN, np.int64)
-        self.price: Decimal | None = None
-        self.ts_event_ns = 0
-        self.condition: Condition = ""
         self.quality = MarkQuality.MISSING
         self._forget_quantities()
 
@@ -149,13 +160,43 @@ class Column:
         self.units_max, self.per_price = float(0), POWERS_OF_TEN[MICRO_DIGITS]
 
     @property
+    def quote(self) -> PriceQuote | None:
+        """The last one; its price is in the shares of today."""
+        return self._columns.said[self.number]
+
+    @quote.setter
+    def quote(self, quote: PriceQuote) -> None:
+        self._columns.said[self.number] = quote
+
+    @property
+    def price(self) -> Decimal | None:
+        quote = self._columns.said[self.number]
+        return None if quote is None else quote[1]
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @count.setter
+    def count(self, count: int) -> None:
+        self._count = self._columns.count[self.number] = count
+
+    @property
+    def quality(self) -> MarkQuality:
+        return self._quality
+
+    @quality.setter
+    def quality(self, quality: MarkQuality) -> None:
+        self._quality = self._columns.quality[self.number] = quality
+
+    @property
     def scale(self) -> float:
         """By which units become values; NOT_WHOLE where values are kept."""
-        return self._scale
+        return self._columns.scale.item(self.number)
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        self._scale = self._columns.scale[self.number] = scale
+        self._columns.scale[self.number] = scale
 
     @property
     def per_price(self) -> float:
@@ -315,7 +356,9 @@ class Column:
     def rescale(self, price: Decimal) -> None:
         """The same price in new shares; the values stay."""
         self._keep_values()
-        self.price = price
+        if self.quote is not None:
+            symbol, _, ts_event_ns, condition = self.quote
+            self.quote = (symbol, price, ts_event_ns, condition)
 
     def scale_at(self, price: float) -> float:
         """The scale at a price; NOT_WHOLE when the column is not whole at it."""
@@ -337,7 +380,7 @@ class Column:
                 values = rounded(self.quantities(), price, lambda row: cost_of(int(self.holder[row])))
                 self.value = resized(values, len(self.holder))
             change = self.values() - before
-        self.price, self.scale = price, scale
+        self.scale = scale
         return change
 
 

@@ -25,6 +25,7 @@ from engine.messages import Condition
 from engine.positions import carried_value
 
 # What a source says of its price; what becomes of it with time is for engine.sessions to say.
+_LIVE = int(MarkQuality.LIVE)
 _SAID = {"": MarkQuality.LIVE, "DELAYED": MarkQuality.DELAYED, "HALTED": MarkQuality.HALTED}
 
 
@@ -55,7 +56,7 @@ class PricedPositions:
 
     @property
     def symbols(self) -> Iterable[str]:
-        return self._columns.by_symbol.keys()
+        return self._columns.number_of.keys()
 
     # -- positions -------------------------------------------------------------------------------------------
 
@@ -182,7 +183,7 @@ class PricedPositions:
     def price_as_of_ns(self, symbol: str) -> int:
         """The instant of the symbol's price; 0 without one."""
         column = self._columns.get(symbol)
-        return column.ts_event_ns if column else 0
+        return 0 if column is None or column.quote is None else column.quote[2]
 
     # -- prices ----------------------------------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ class PricedPositions:
         column = self._columns.of(symbol)
         if price != column.price:
             self._reprice(column, price, column.scale_at(float(price)))
-        column.price, column.ts_event_ns, column.condition = price, ts_event_ns, condition
+        column.quote = (symbol, price, ts_event_ns, condition)
         self._change_quality(column, _SAID[condition])
         return column.count
 
@@ -202,28 +203,32 @@ class PricedPositions:
         """As `tick` for each of a window's quotes, by the cheaper way (engine.book_window) unless one is given."""
         if not quotes:
             return []
-        symbols, prices, instants, conditions = zip(*quotes, strict=True)
-        columns = self._columns.of_all(symbols)
-        counts, limit_ns = [column.count for column in columns], product_ns(len(quotes), self._holdings)
-        is_small = way is None and slices_ns(len(counts), sum(counts)) <= limit_ns
-        if is_small or way is Way.SLICES or len(set(columns)) < len(columns):
+        columns = self._columns
+        symbols, prices, _, conditions = zip(*quotes, strict=True)
+        listed = columns.numbers(symbols)
+        numbers = np.array(listed, np.intp)
+        counts = columns.count[numbers]
+        limit_ns = product_ns(len(quotes), self._holdings)
+        is_small = way is None and slices_ns(len(quotes), int(counts.sum())) <= limit_ns
+        if is_small or way is Way.SLICES or columns.is_twice_in(numbers):
             return [self.tick(*quote) for quote in quotes]
-        numbers = np.array([column.number for column in columns], np.intp)
-        after, able = moves(self._columns, numbers, prices, self._holdings.width_max)
-        alone = np.flatnonzero(~able).tolist()
-        spared = len(counts) - len(alone), sum(counts) - sum([counts[at] for at in alone])
-        if way is Way.PRODUCT or slices_ns(*spared) > limit_ns:
-            self._move_all(numbers[able], after[able])
+        after, able = moves(columns, numbers, prices, self._holdings.width_max)
+        unable = np.flatnonzero(~able)
+        if way is Way.PRODUCT or slices_ns(len(quotes) - len(unable), int(counts[able].sum())) > limit_ns:
+            self._move_all(*((numbers[able], after[able]) if len(unable) else (numbers, after)))
+            alone: Iterable[int] = unable.tolist()
         else:
-            alone = list(range(len(quotes)))
+            alone = range(len(quotes))
         for at in alone:
-            if prices[at] != columns[at].price:
-                self._reprice(columns[at], prices[at], float(after[at]))
-        for column, price, instant, condition in zip(columns, prices, instants, conditions, strict=True):
-            column.price, column.ts_event_ns, column.condition = price, instant, condition
-            if condition or column.quality is not MarkQuality.LIVE:
-                self._change_quality(column, _SAID[condition])
-        return counts
+            column = columns.by_number[listed[at]]
+            if prices[at] != column.price:
+                self._reprice(column, prices[at], float(after[at]))
+        columns.say(listed, quotes)
+        if conditions.count("") < len(conditions) or np.count_nonzero(columns.quality[numbers] != _LIVE):
+            for number, condition in zip(listed, conditions, strict=True):
+                self._change_quality(columns.by_number[number], _SAID[condition])
+        touched: list[int] = counts.tolist()
+        return touched
 
     def _reprice(self, column: Column, price: Decimal, scale: float) -> None:
         holder = column.holder[: column.count]
@@ -235,7 +240,7 @@ class PricedPositions:
     def _move_all(self, numbers: Slots, scales: Float64s) -> None:
         changes = np.zeros(len(self._columns))
         changes[numbers] = scales - self._columns.scale[numbers]
-        self._columns.put_scales(numbers, scales)
+        self._columns.scale[numbers] = scales
         for slots, sums in self._holdings.product(changes):
             np.add.at(self.positions_value, slots, sums.astype(np.int64))
             moved = sums != 0
@@ -257,12 +262,13 @@ class PricedPositions:
     def prices(self) -> Iterator[tuple[str, int, Condition, MarkQuality]]:
         """(symbol, instant, condition, quality) of every price."""
         for column in self._columns.by_number:
-            if column.price is not None:
-                yield column.symbol, column.ts_event_ns, column.condition, column.quality
+            if column.quote is not None:
+                symbol, _, ts_event_ns, condition = column.quote
+                yield symbol, ts_event_ns, condition, column.quality
 
     def set_quality(self, symbol: str, quality: MarkQuality) -> None:
         """What the symbol's price is worth now. MISSING is for symbols without one."""
-        self._change_quality(self._columns.by_symbol[symbol], quality)
+        self._change_quality(self._columns.by_number[self._columns.number_of[symbol]], quality)
 
     def _change_quality(self, column: Column, quality: MarkQuality) -> None:
         if column.quality is quality:

@@ -26,18 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.book_columns import NOT_WHOLE, UNITS_MAX, WHOLE_MAX, Columns, Float64s, Slots
+from engine.book_columns import PriceQuote as PriceQuote
 from engine.book_holdings import SUM_MAX, Holdings
-from engine.messages import Condition
 
 SLICE_NS = 4_000
 ROW_NS = 3
 PRODUCT_NS = 30_000
-QUOTE_NS = 400
+QUOTE_NS = 350
 CELLS_PER_NS = 2
 BLOCK_NS = 10
 
-# Symbol, price (a checked number > 0), instant, what its source says of it.
-PriceQuote = tuple[str, Decimal, int, Condition]
 Bools = NDArray[np.bool_]
 
 
@@ -60,7 +58,7 @@ def product_ns(quotes_count: int, holdings: Holdings) -> int:
 def moves(columns: Columns, numbers: Slots, prices: Sequence[Decimal], width_max: int) -> tuple[Float64s, Bools]:
     """The `scale_at` its price of each of the columns, and which of them the product can bring from their scale to that
     in blocks of up to `width_max` cells."""
-    price = np.array(list(map(float, prices)))
+    price = np.fromiter(map(float, prices), np.float64, len(prices))
     per_price, units_max, before = columns.per_price[numbers], columns.units_max[numbers], columns.scale[numbers]
     after = np.rint(price * per_price)
     largest = after * units_max
