@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.sectors import sector_value_decoder
 from engine.stores import redis_keys
 from tests.bookkeeping import MARK_FIELDS, fill
 from tests.oracle import Oracle
+from tests.oracle import Portfolio as OraclePortfolio
 from tests.random_events import SECTORS, Stream
 from tests.running_system import System, eventually
 
@@ -58,28 +60,37 @@ async def unsettled(system: System, oracle: Oracle) -> list[tuple[str, Any, Any]
 
 
 async def assert_hot_state(system: System, oracle: Oracle) -> None:
-    # Positions and sectors are written just after the Book has changed: give the last ones a moment.
-    await asyncio.sleep(1)
+    """Positions and sectors are written after the marks that have them: they are given the time."""
+    last_s = time.monotonic() + SETTLE_TIMEOUT_S
     for name, portfolio in oracle.portfolios.items():
-        mark = await system.mark(name)
-        assert mark is not None
-        assert_mark(mark, portfolio.figures(oracle.prices))
-        # What fills did depends on the prices that each of them met, which the ledger alone knows.
-        traded = await system.pool.fetchval(
-            "SELECT sum(nav_effect + fee) FROM ledger_entry WHERE portfolio_id = $1 AND kind = 'FILL'", name
-        )
-        assert mark.trading == (traded or 0) * 10**6
-        shard = await system.shard_of(name)
-        packed = await system.redis.hgetall(redis_keys.positions(shard, name))
-        positions = {symbol.decode(): hot_position_decoder.decode(value) for symbol, value in packed.items()}
-        found = {
-            s: (p.quantity, p.cost, p.realized, p.day_base, p.fees, p.opened_sequence) for s, p in positions.items()
-        }
-        assert found == {
-            s: (plain_text(p.quantity), p.cost, p.realized, portfolio.day.traded[s], p.fees, p.opened_sequence)
-            for s, p in portfolio.positions.items()
-        }
-        await assert_sectors(system, shard, name, portfolio.sectors(oracle.prices, SECTORS))
+        while True:
+            try:
+                await assert_portfolio(system, oracle, name, portfolio)
+                break
+            except AssertionError:
+                if time.monotonic() >= last_s:
+                    raise
+            await asyncio.sleep(0.1)
+
+
+async def assert_portfolio(system: System, oracle: Oracle, name: str, portfolio: OraclePortfolio) -> None:
+    mark = await system.mark(name)
+    assert mark is not None
+    assert_mark(mark, portfolio.figures(oracle.prices))
+    # What fills did depends on the prices that each of them met, which the ledger alone knows.
+    traded = await system.pool.fetchval(
+        "SELECT sum(nav_effect + fee) FROM ledger_entry WHERE portfolio_id = $1 AND kind = 'FILL'", name
+    )
+    assert mark.trading == (traded or 0) * 10**6
+    shard = await system.shard_of(name)
+    packed = await system.redis.hgetall(redis_keys.positions(shard, name))
+    positions = {symbol.decode(): hot_position_decoder.decode(value) for symbol, value in packed.items()}
+    found = {s: (p.quantity, p.cost, p.realized, p.day_base, p.fees, p.opened_sequence) for s, p in positions.items()}
+    assert found == {
+        s: (plain_text(p.quantity), p.cost, p.realized, portfolio.day.traded[s], p.fees, p.opened_sequence)
+        for s, p in portfolio.positions.items()
+    }
+    await assert_sectors(system, shard, name, portfolio.sectors(oracle.prices, SECTORS))
 
 
 def assert_mark(mark: Mark, figures: Any) -> None:
