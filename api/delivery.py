@@ -238,12 +238,12 @@ class LiveOperation:
     def compile(self, info: Info) -> object | None:
         return self._deliveries.compile_projection(info)
 
-    async def deliver(self, portfolio: PortfolioIdentity, projection: object, max_rate_hz: float) -> None:
+    async def deliver(self, portfolio: PortfolioIdentity, projection: object, interval_s: float) -> None:
         if self._outlet is None:
             return
         place = (portfolio.shard, portfolio.portfolio_id)
         self._member = self._deliveries.join(
-            self._outlet, self._prefix, place, cast(Projection, projection), 1 / max_rate_hz
+            self._outlet, self._prefix, place, cast(Projection, projection), interval_s
         )
 
     async def ended(self) -> None:

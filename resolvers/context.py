@@ -103,8 +103,8 @@ class LiveDelivery(Protocol):
     def compile(self, info: Info) -> object | None:
         """What the operation shows of a mark; None when graphql-core has to make its messages."""
 
-    async def deliver(self, portfolio: PortfolioIdentity, projection: object, max_rate_hz: float) -> None:
-        """Send the operation's messages until it ends: it is cancelled."""
+    async def deliver(self, portfolio: PortfolioIdentity, projection: object, interval_s: float) -> None:
+        """Send the operation's messages, `interval_s` between two, until it ends: it is cancelled."""
 
 
 @dataclass(frozen=True, slots=True)

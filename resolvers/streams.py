@@ -27,6 +27,8 @@ from resolvers.selection import python_name, selection_of
 from resolvers.stream_kind import StreamKind
 
 RATE_HZ_DEFAULT = 4.0
+# Thirty years. A rate may be so small that its interval is infinite, which is no instant of a timer.
+INTERVAL_MAX_S = 1e9
 
 Update = TypeVar("Update")
 
@@ -36,7 +38,7 @@ class Pace:
 
     def __init__(self, signal: asyncio.Event, interval_s: float, heartbeat_s: float) -> None:
         self._signal = signal
-        self._interval_s = interval_s
+        self.interval_s = interval_s
         self._heartbeat_s = heartbeat_s
         self._now = asyncio.get_running_loop().time
         self._sent_at = self._now() - interval_s
@@ -50,7 +52,7 @@ class Pace:
         except TimeoutError:
             self._beat_at = self._now()
             return False
-        await asyncio.sleep(max(0.0, self._sent_at + self._interval_s - self._now()))
+        await asyncio.sleep(max(0.0, self._sent_at + self.interval_s - self._now()))
         self._signal.clear()
         return True
 
@@ -65,7 +67,7 @@ def make_pace(context: Context, max_rate_hz: float | None, signal: asyncio.Event
     max_rate_hz = RATE_HZ_DEFAULT if max_rate_hz is None else max_rate_hz
     if not 0 < max_rate_hz <= settings.rate_hz_max:
         raise PublicError(ErrorCode.BAD_RATE, f"maxRateHz is above 0 and at most {settings.rate_hz_max}")
-    return Pace(signal, 1 / max_rate_hz, settings.heartbeat_interval_s)
+    return Pace(signal, min(1 / max_rate_hz, INTERVAL_MAX_S), settings.heartbeat_interval_s)
 
 
 async def mark_updates(
@@ -86,7 +88,7 @@ async def mark_updates(
     live = info.context.live
     projection = None if live is None else live.compile(info)
     if live is not None and projection is not None:
-        await live.deliver(portfolio, projection, RATE_HZ_DEFAULT if max_rate_hz is None else max_rate_hz)
+        await live.deliver(portfolio, projection, pace.interval_s)
         return
     columns = _selected_columns(info, fields)
     last: Mark | None = None

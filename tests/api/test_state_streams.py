@@ -345,3 +345,24 @@ async def test_bad_rates_are_refused(gateway: Gateway, portfolio_id: str, rate: 
     async with gateway.socket() as socket:
         stream = await socket.subscribe(nav_query(), {"id": portfolio_id, "rate": rate})
         assert await stream.code() == "BAD_RATE"
+
+
+RARE = """subscription($id: String!, $rate: Float) {
+    positionUpdates(portfolioId: $id, maxRateHz: $rate) { kind } }"""
+
+
+@pytest.mark.parametrize("rate", [5e-324, 1e-307, 1e-9])
+async def test_a_rate_without_a_finite_interval_disturbs_nobody(
+    gateway: Gateway, shard: int, portfolio_id: str, rate: float
+) -> None:
+    row = await begin(gateway, shard, portfolio_id)
+    async with gateway.socket() as socket:
+        stream = await socket.subscribe(nav_query(), {"id": portfolio_id, "rate": FAST_HZ})
+        rare = [await socket.subscribe(query, {"id": portfolio_id, "rate": rate}) for query in (nav_query(), RARE)]
+        for one in (stream, *rare):
+            assert (await one.next())["kind"] == "SNAPSHOT"
+        for sequence in range(2, 5):
+            await gateway.redis.flush(shard, 1, sequence, {portfolio_id: row.at(sequence, nav=sequence * MICRO)})
+            assert (await stream.next(wait_s=1))["nav"] == str(sequence)
+        # What changed is theirs when their interval is over, and no heartbeat says meanwhile that nothing has.
+        assert await rare[0].silent(1.3)
