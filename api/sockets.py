@@ -5,7 +5,8 @@ identity    checked at connection_init; a refused or missing token closes with 4
 caps        sockets per subject (4429), operations per socket (an error of the operation)
 slow reader a message that can not be sent within `send_timeout_s` ends the socket with 1013; TCP_USER_TIMEOUT on the
             listening socket frees what the kernel still holds of it
-gone        all operations of a socket that has ended are cancelled, and with them their watches
+gone        all operations of a socket that has ended are cancelled, and with them their watches; also one whose id was
+            that of an operation which fails only then, and takes the id with it
 compiled    a subscription whose selection can be compiled is sent past Strawberry (api/delivery.py), where the server
             lets the gateway write to its sockets (api/socket_protocol.py)
 """
@@ -124,6 +125,7 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
         self._expiry: asyncio.Task[None] | None = None
         self._entered: str | None = None
         self._live: dict[str, LiveOperation] = {}
+        self._running: set[asyncio.Task[Any]] = set()
         adapter = cast(SocketAdapter, self.websocket)
         self._outlet: Outlet | None = None
         if adapter.direct is not None:
@@ -134,6 +136,7 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
             if self._expiry is not None:
                 self._expiry.cancel()
             await super().shutdown()
+            await self._end_operations()
         finally:
             if self._outlet is not None:
                 self._outlet.close()
@@ -181,6 +184,14 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
         await super().handle_subscribe(message)
 
     async def run_operation(self, operation: Any) -> None:
+        task = cast(asyncio.Task[Any], asyncio.current_task())
+        self._running.add(task)
+        try:
+            await self._run_operation(operation)
+        finally:
+            self._running.discard(task)
+
+    async def _run_operation(self, operation: Any) -> None:
         if self._outlet is None:
             await super().run_operation(operation)
             return
@@ -198,6 +209,13 @@ class SocketHandler(BaseGraphQLTransportWSHandler[Connection, None]):
         if live is not None:
             live.end()
         await super().cleanup_operation(operation_id)
+
+    async def _end_operations(self) -> None:
+        """End those that are known by no id any more."""
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
     async def handle_task_exception(self, error: Exception) -> None:
         # A client that left while something was sent to it is no fault.

@@ -21,6 +21,7 @@ from tests.builders import MICRO, MarkRow
 from tests.gateway import Gateway, gateway_of, make_settings
 
 NAV = "subscription($id: String!) { navUpdates(portfolioId: $id, maxRateHz: 20) { kind nav conflated } }"
+POSITIONS = "subscription($id: String!) { positionUpdates(portfolioId: $id, maxRateHz: 20) { kind } }"
 LEFT_BEHIND_MAX_S = 5
 
 
@@ -49,8 +50,8 @@ def rests() -> list[object]:
     return [one for one in gc.get_objects() if type(one) in kinds]
 
 
-async def unread_socket(gateway: Gateway, portfolio_id: str, query: str) -> socket.socket:
-    """A socket with small buffers that has subscribed, and reads nothing from then on."""
+async def small_socket(gateway: Gateway) -> websockets.ClientConnection:
+    """A socket with small buffers, past connection_ack."""
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
     host, port = gateway.url.removeprefix("http://").split(":")
@@ -60,6 +61,12 @@ async def unread_socket(gateway: Gateway, portfolio_id: str, query: str) -> sock
     )
     await client.send(json.dumps({"type": "connection_init", "payload": gateway.bearer()}))
     await client.recv()
+    return client
+
+
+async def unread_socket(gateway: Gateway, portfolio_id: str, query: str) -> websockets.ClientConnection:
+    """A socket with small buffers that has subscribed, and reads nothing from then on."""
+    client = await small_socket(gateway)
     for number in range(50):
         payload = {"query": query, "variables": {"id": portfolio_id}}
         await client.send(json.dumps({"type": "subscribe", "id": str(number), "payload": payload}))
@@ -160,6 +167,35 @@ async def test_a_storm_of_subscribe_and_complete(gateway: Gateway, shard: int, p
         while (await stormy.receive())["type"] != "pong":
             pass
         await gateway.watches(1)
+    await nothing_is_left(gateway, tasks_count)
+
+
+@pytest.mark.parametrize("query", [NAV, POSITIONS], ids=["compiled", "executed"])
+async def test_an_id_taken_anew_while_its_last_answer_is_stuck_leaves_nothing(
+    gateway: Gateway, shard: int, portfolio_id: str, query: str
+) -> None:
+    """The first operation gave its id back, and fails when the socket ends; the second must end as well."""
+    await begin(gateway, shard, portfolio_id)
+    tasks_count = len(asyncio.all_tasks())
+    client = await small_socket(gateway)
+    client.transport.pause_reading()
+
+    async def subscribe(operation_id: str, payload: dict[str, Any]) -> None:
+        await client.send(json.dumps({"type": "subscribe", "id": operation_id, "payload": payload}))
+
+    big = "{ __schema { types { name description fields { name description args { name } } } } }"
+    for number in range(6):
+        await subscribe(f"big-{number}", {"query": big})
+    async with asyncio.timeout(LEFT_BEHIND_MAX_S):
+        while all(outlet.is_writable for outlet in outlets()):
+            await asyncio.sleep(0.01)
+    await subscribe("same", {"query": "{ nothing }"})
+    await asyncio.sleep(0.2)
+    await subscribe("same", {"query": query, "variables": {"id": portfolio_id}})
+    async with asyncio.timeout(LEFT_BEHIND_MAX_S):
+        while not gateway.application.hub.watches_count:
+            await asyncio.sleep(0.01)
+    client.transport.abort()
     await nothing_is_left(gateway, tasks_count)
 
 
