@@ -254,9 +254,13 @@ class LiveOperation:
     def end(self) -> None:
         """Send nothing more, without waiting for the operation's task to be cancelled.
 
+        What was made for it already leaves now: the next operation may have its id, and nothing of this one may come
+        after that has begun.
+
         Timers that were begun meanwhile, such as those of a pool of connections, hold the operation's context for
         minutes, and with it this; so it lets go of what it had.
         """
         if self._member is not None:
             self._deliveries.leave(self._member)
+            self._member.outlet.flush()
         self._member = self._outlet = None

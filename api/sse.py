@@ -76,6 +76,8 @@ class EventOutlet(Outlet):
         self.parts += (prefix, payload, b"\n\n")
 
     def write(self, frames: bytes) -> None:
+        if self._ended:
+            return
         self._frames.append(frames)
         self._filled.set()
         self._taken.clear()
@@ -91,9 +93,10 @@ class EventOutlet(Outlet):
         await self._taken.wait()
 
     def end(self, frames: bytes) -> None:
-        """These are the last."""
-        self._ended = True
+        """These are the last, behind what was added before."""
+        self.flush()
         self.write(frames)
+        self._ended = True
 
     async def chunks(self, silence_max_s: float) -> AsyncIterator[bytes]:
         while not self._ended or self._frames:

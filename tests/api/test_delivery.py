@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 import orjson
 import pytest
 
+from api.delivery import LiveOperation
 from api.groups import Member, Projection
+from engine.stores.ledger_reads import PortfolioIdentity
 from tests.api.two_ways import HEARTBEAT_S, INTERVAL_S, PLACE, SEND_TIMEOUT_S, STEP_S, TestOutlet, TwoWays
 from tests.builders import MICRO, MarkRow
 from tests.virtual_time import run_virtually
@@ -144,6 +147,26 @@ def test_who_leaves_is_sent_nothing_more_and_leaves_nothing() -> None:
         assert [len(outlet.messages) for outlet in (fresh, idle, pending, waiting)] == [0, 1, 1, 1]
         assert ways.hub.watches_count == 0 and ways.hub.shards() == set()
         assert not ways.deliveries._groups and len(ways.deliveries._wheel) == 0
+
+    run_virtually(play())
+
+
+def test_what_was_made_before_an_operation_ends_is_written_before_it_ends() -> None:
+    """Whoever takes its id next must not be shown it."""
+
+    async def play() -> None:
+        ways, projection = TwoWays(), Counting()
+        ways.hub.shard_live(PLACE[0], True)
+        outlet, other = TestOutlet(ways.deliveries), TestOutlet(ways.deliveries)
+        live = LiveOperation(ways.deliveries, outlet, b"")
+        identity = PortfolioIdentity(PLACE[1], PLACE[0], "ann", "name", "USD", datetime(2026, 1, 1, tzinfo=UTC))
+        await live.deliver(identity, projection, INTERVAL_S)
+        ways.deliveries.join(other, b"", PLACE, projection, INTERVAL_S)
+        ways.frame(nav=5 * MICRO)
+        live.end()
+        assert values_of(outlet) == [[5, "SNAPSHOT", 1]] and not outlet.parts
+        await asyncio.sleep(STEP_S)
+        assert len(outlet.messages) == len(other.messages) == 1
 
     run_virtually(play())
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api.sse import prefers_events
+from api.sse import EventOutlet, prefers_events
 from tests.builders import MICRO, MarkRow
 from tests.gateway import WAIT_S, Gateway, gateway_of, make_settings
 
@@ -231,6 +231,22 @@ async def test_a_client_that_does_not_read_is_dropped(gateway: Gateway, shard: i
     await gone(gateway)
     assert closes._value.get() == closed_before + 1
     raw.close()
+
+
+async def test_nothing_follows_the_last_event(gateway: Gateway) -> None:
+    """However slowly it is taken: what was made before comes before it, what is made after it not at all."""
+    outlet = EventOutlet(gateway.application.gateway.deliveries)
+    chunks = outlet.chunks(WAIT_S)
+    outlet.add(b"data: ", b"1")
+    outlet.end(b"last\n\n")
+    outlet.add(b"data: ", b"2")
+    outlet.flush()
+    first = await anext(chunks)
+    outlet.add(b"data: ", b"3")
+    outlet.flush()
+    assert first == b"data: 1\n\nlast\n\n"
+    assert [chunk async for chunk in chunks] == []
+    outlet.close()
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
