@@ -320,7 +320,8 @@ class Flusher:
             self._host.lose(owned.lease, "hot state has a newer epoch")
         elif outcome is FlushOutcome.LOST:
             _log.warning("hot_state_lost", shard=owned.lease.shard)
-            owned.published = False
+            # Positions may be older than the marks beside them say.
+            owned.published, owned.is_under_repair = False, True
         return None
 
     async def _push_frames(self, owned: OwnedShard) -> None:

@@ -5,6 +5,9 @@ A flush is two commands in one round trip:
     HSET marks:{n}:<epoch> id mark id mark …       one variadic command for all changed portfolios
     EVAL publish                                    if the pointer still names this epoch: sequence, SPUBLISH frame
 
+What Redis says it has must not lie behind what it has acknowledged: one that came back from an older copy of itself, or
+whose replica took over, lacks rows that may not change again for long. Such a flush is LOST like one to an empty Redis.
+
 The frame has those of the marks that somebody watches. A fenced evaluator can neither move a pointer nor publish; what
 it wrote lies under an epoch nobody reads.
 A snapshot frame goes to the list `snapshots:{n}` by a script that compares the epoch as well.
@@ -47,13 +50,14 @@ VALUES_PER_SCRIPT = 10_000
 SNAPSHOT_FRAMES_MAX = 100
 
 # KEYS: pointer, and the marks that the HSET before it wrote: in a cluster both, or neither, while their slot moves.
-# ARGV: epoch, sequence, updated_at_ns, channel, frame.
+# ARGV: epoch, sequence, updated_at_ns, channel, the sequence that was acknowledged last, frame.
 _PUBLISH = """
-local current = redis.call('HGET', KEYS[1], 'epoch')
+local current, sequence = unpack(redis.call('HMGET', KEYS[1], 'epoch', 'sequence'))
 if not current then return -1 end
 if current ~= ARGV[1] then return 0 end
+if tonumber(sequence or 0) < tonumber(ARGV[5]) then return -1 end
 redis.call('HSET', KEYS[1], 'sequence', ARGV[2], 'updated_at_ns', ARGV[3])
-redis.call('SPUBLISH', ARGV[4], ARGV[5])
+redis.call('SPUBLISH', ARGV[4], ARGV[6])
 return 1
 """
 
@@ -109,7 +113,7 @@ _change_encoder = msgspec.msgpack.Encoder()
 
 
 class FlushOutcome(Enum):
-    """What became of a flush. LOST: Redis forgot the shard and all of it is to be written again."""
+    """What became of a flush. LOST: Redis forgot the shard, or its last state, and all of it is to be written again."""
 
     WRITTEN = 1
     FENCED = 0
@@ -190,10 +194,13 @@ class HotStateWriter:
     def __init__(self, redis: RedisClient) -> None:
         self._redis = redis
         self.layout = MarksLayout()
+        # Of each shard epoch and sequence of the last flush that Redis has acknowledged since the pointer moved.
+        self._acknowledged: dict[int, tuple[int, int]] = {}
 
     async def advance(self, shard: int, epoch: int, owner: str, now_ns: int) -> bool:
         """Point readers at `epoch`, unless they are beyond it already (False). Deletes the replaced marks."""
         replaced = int(await run_script(self._redis, _ADVANCE, [redis_keys.shard(shard)], [epoch, owner, now_ns]))
+        self._acknowledged.pop(shard, None)
         if 0 < replaced < epoch:
             await self._redis.unlink(redis_keys.marks(shard, replaced))
         return replaced >= 0
@@ -223,10 +230,13 @@ class HotStateWriter:
         groups += self.layout.fill(slots[shown_count:], marks[shown_count:])
         commands = [_hset(key, groups, len(slots))] if groups else []
         commands.append(self._publish_command(header, frame))
-        return self._flush(key, commands)
+        return self._flush(header, key, commands)
 
-    async def _flush(self, key: str, commands: list[list[bytes]]) -> FlushOutcome:
-        return FlushOutcome((await self._send(key, commands))[-1])
+    async def _flush(self, header: FrameHeader, key: str, commands: list[list[bytes]]) -> FlushOutcome:
+        outcome = FlushOutcome((await self._send(key, commands))[-1])
+        if outcome is FlushOutcome.WRITTEN:
+            self._acknowledged[header.shard] = (header.epoch, header.sequence)
+        return outcome
 
     def encode(self, header: FrameHeader, slots: NDArray[np.int64], marks: MarkArray) -> bytes:
         """The frame of marks that are not flushed now: those of a boundary."""
@@ -245,6 +255,7 @@ class HotStateWriter:
         return FlushOutcome.WRITTEN, dropped
 
     def _publish_command(self, header: FrameHeader, frame: list[bytes]) -> list[bytes]:
+        epoch, acknowledged = self._acknowledged.get(header.shard, (0, 0))
         arguments = (
             b"EVAL",
             _PUBLISH.encode(),
@@ -255,6 +266,7 @@ class HotStateWriter:
             b"%d" % header.sequence,
             b"%d" % header.flushed_at_ns,
             redis_keys.marks_channel(header.shard).encode(),
+            b"%d" % (acknowledged if epoch == header.epoch else 0),
         )
         head = b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in arguments)
         frame_size = b"$%d\r\n" % sum(map(len, frame))

@@ -172,6 +172,26 @@ async def test_a_redis_that_forgot_everything_answers_lost(client: RedisClient) 
     assert not await client.exists(redis_keys.shard(SHARD))
 
 
+async def test_a_redis_that_came_back_from_an_older_copy_answers_lost(client: RedisClient) -> None:
+    writer = HotStateWriter(client)
+    slots = place(writer, ["p-1"])
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    assert await writer.flush(header(1, 1), slots, marks_of(1)) is FlushOutcome.WRITTEN
+    keys = (redis_keys.shard(SHARD), redis_keys.marks(SHARD, 1))
+    copies = [await client.dump(key) for key in keys]
+    assert await writer.flush(header(1, 2), slots, marks_of(1)) is FlushOutcome.WRITTEN
+    for key, copy in zip(keys, copies, strict=True):
+        await client.restore(key, 0, copy, replace=True)
+    nobody = np.zeros(0, np.int64)
+    for sequence in (3, 4):
+        assert await writer.flush(header(1, sequence), nobody, marks_of(0)) is FlushOutcome.LOST
+    # Written again, it counts from there; and a new owner, who has not written yet, has nothing to miss.
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    assert await writer.flush(header(1, 6), slots, marks_of(1)) is FlushOutcome.WRITTEN
+    await writer.advance(SHARD, 2, "me", NOW_NS)
+    assert await writer.flush(header(2, 1), slots, marks_of(1)) is FlushOutcome.WRITTEN
+
+
 async def test_an_error_reply_leaves_no_answer_behind_for_the_next_command(client: RedisClient) -> None:
     writer = HotStateWriter(client)
     slots = place(writer, ["p-1"])

@@ -108,6 +108,25 @@ async def test_hot_state_comes_back_after_redis_lost_everything(system: System) 
     assert (after.nav, after.day_pnl) == (before.nav, before.day_pnl)
 
 
+async def test_hot_state_comes_back_after_redis_returned_with_an_older_copy(system: System) -> None:
+    """Nothing moves the portfolio again, and another node wrote nothing of it: only its owner knows that it is old."""
+    async with running(system.settings):
+        await system.send(opening("p-1"), deposit("p-1", "10", "d"), fill("p-1", "BUY", "2", "1.5", "b"))
+        await system.quote("AAPL", "2")
+        await system.mark_when("p-1", lambda mark: mark.nav == 11 * MICRO)
+        copies = {key: await system.redis.dump(key) for key in await system.redis.keys("*{*}*")}
+        await system.send(fill("p-1", "SELL", "1", "2.5", "s"))
+        await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 4)
+        for key, copy in copies.items():
+            await system.redis.restore(key, 0, copy, replace=True)
+        assert (await system.mark("p-1")).ledger_sequence == 3
+        after = await system.mark_when("p-1", lambda mark: mark.ledger_sequence == 4)
+        assert after.nav == 11_500_000
+        shard = await system.shard_of("p-1")
+        packed = await system.redis.hget(redis_keys.positions(shard, "p-1"), "AAPL")
+        assert hot_position_decoder.decode(packed).quantity == "1"
+
+
 async def test_a_second_evaluator_takes_half_and_a_dead_one_is_replaced(system: System) -> None:
     names = [f"p-{n}" for n in range(16)]
     settings = system.settings.model_copy(update={"lease_duration_ms": 1_000, "lease_renewal_interval_ms": 200})
