@@ -15,8 +15,8 @@ channel is live already, or else when the channel becomes live, so that nothing 
 listening. `api/live_feed.py` does the listening and the reading.
 
 A slot is `current` from the first value that came by a channel that is live and heard, until that channel is lost or
-silent. Once the channel is back, what is watched on it is read, and the slot is signalled also when the value is
-still the same: that it holds is news then.
+silent, or one of its frames was missed. Once the channel is back, what is watched on it is read, and the slot is
+signalled also when the value is still the same: that it holds is news then.
 """
 
 from __future__ import annotations
@@ -306,6 +306,11 @@ class Hub:
 
     def reread_shard(self, shard: int) -> None:
         self._unread(((shard, key.decode()) for key in self._marks.get(shard, ())), ())
+
+    def miss_shard(self, shard: int) -> None:
+        """Frames of the shard were lost: nothing on it is current until it is read, or comes in a frame."""
+        self._lose_shard(shard)
+        self.reread_shard(shard)
 
     def reread_quotes(self) -> None:
         self._unread((), self._quotes)

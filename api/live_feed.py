@@ -3,7 +3,7 @@
 It listens to `marks:{n}` for the shards that somebody watches, to `quotes` while somebody watches quotes, and to
 `badges` while somebody watches badges, who also look for themselves: that channel may be silent for long. A
 frame may be lost at any time, and nothing may depend on every one arriving: whatever hints at a loss makes the feed
-read the watched values from Redis again.
+read the watched values from Redis again, and until then no mark of the shard counts as current.
 
     a frame's previous_sequence is above the last one seen       frames between were lost
     a frame of a newer epoch                                     the shard has a new owner: its streams are reset
@@ -283,7 +283,7 @@ class LiveFeed:
         if shard is None:
             self._hub.reread_quotes()
         else:
-            self._hub.reread_shard(shard)
+            self._hub.miss_shard(shard)
 
     async def _read(self) -> None:
         backoffs: dict[str, Backoff] = {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
 from engine.messages import Quote
+from engine.stores.hot_state_reads import HotState
 from resolvers.position_streams import SETTLE_INTERVAL_S
 from tests.builders import MICRO, MarkRow, frame, held
 from tests.gateway import Gateway, Stream
@@ -153,6 +155,43 @@ async def test_a_lost_frame_is_read_again(gateway: Gateway, shard: int, portfoli
         await gateway.redis.publish(shard, frame(shard, 1, 3))
         update = await stream.next()
         assert (update["kind"], update["nav"], update["sequence"]) == ("UPDATE", "8", 2)
+
+
+async def test_no_heartbeat_vouches_for_a_value_whose_successor_was_lost(
+    gateway: Gateway, shard: int, portfolio_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The channel speaks, but what was lost on it can not be read for a while."""
+    row = await begin(gateway, shard, portfolio_id, nav=5 * MICRO)
+    hot_state = gateway.application.services.hot_state
+    read, away = hot_state.read, False
+
+    async def sometimes(*arguments: Any, **named: Any) -> HotState:
+        if away:
+            raise TimeoutError
+        return await read(*arguments, **named)
+
+    monkeypatch.setattr(hot_state, "read", sometimes)
+    compiled = [None, gateway.application.gateway.deliveries.compile_projection]  # one of each way
+    monkeypatch.setattr(
+        gateway.application.gateway.deliveries,
+        "compile_projection",
+        lambda info: None if (compile_it := compiled.pop(0)) is None else compile_it(info),
+    )
+    async with gateway.socket() as socket:
+        variables = {"id": portfolio_id, "rate": FAST_HZ}
+        streams = [await socket.subscribe(nav_query("kind nav"), variables) for _ in range(2)]
+        for stream in streams:
+            assert await stream.next() == {"kind": "SNAPSHOT", "nav": "5"}
+        await gateway.listening(shard)
+        await gateway.redis.publish(shard, frame(shard, 1, 1))
+        away = True
+        await gateway.redis.marks(shard, 1, {portfolio_id: row.at(2, nav=8 * MICRO)})
+        await gateway.redis.publish(shard, frame(shard, 1, 3))
+        assert await streams[0].silent(1.5) and await streams[1].silent(0.1)
+        away = False
+        for stream in streams:
+            assert await stream.next() == {"kind": "UPDATE", "nav": "8"}
+            assert await stream.next() == {"kind": "HEARTBEAT", "nav": "8"}
 
 
 async def test_new_owner_resets_and_the_old_ones_frames_are_dropped(
