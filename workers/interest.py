@@ -8,8 +8,9 @@ A frame of marks has the watched rows alone, and a node reads what it begins to 
 reading and its interest would be in neither, so a portfolio that becomes watched counts as changed: its newest mark
 comes with the next flush, whatever the node has read.
 
-Whoever begins to listen to a shard's channel has heard of all interest after `interest_interval_ms`. Before that the
-whole shard counts as watched (`slots_of` is None).
+Whoever begins to listen to a shard's channel, or does so again, has heard of all interest after `interest_interval_ms`.
+Before that, and while the channel is lost, the whole shard counts as watched (`slots_of` is None): what a node says
+meanwhile is not heard, and its streams would stand still while the shard's heartbeats say that they hold.
 
 Answers are by Book slot. Slots have one owner after another, so `opened` and `taken` are to be told of every new one.
 """
@@ -152,6 +153,11 @@ class Interest:
         for of in known.listeners.values():
             of.expires_at_s = max(of.expires_at_s, now_s + 2 * interval_s)
 
+    def lost(self, shard: int) -> None:
+        """The shard's channel is not listened to from here on."""
+        if shard in self._shards:
+            self._shards[shard].known_at_s = float("inf")
+
     def forget(self, shards: Collection[int]) -> None:
         """Forget who has not been heard for too long on these shards' channels, which are listened to."""
         now_s = time.monotonic()
@@ -208,6 +214,8 @@ class Interest:
                     self._receive(notice, shard_of, live)
                 self.forget(live)
         finally:
+            for shard in live:
+                self.lost(shard)
             await subscriber.aclose()
 
     def _follow(self, subscriber: Subscriber, shard_of: dict[str, int], live: set[int]) -> None:
@@ -229,6 +237,7 @@ class Interest:
             self.live(shard)
         elif notice.kind is NoticeKind.LOST:
             live.discard(shard)
+            self.lost(shard)
         elif notice.kind is NoticeKind.MESSAGE:
             try:
                 frame = interest_decoder.decode(notice.data)

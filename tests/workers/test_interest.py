@@ -128,6 +128,20 @@ def test_nobody_is_forgotten_for_what_the_listener_missed(heard: Heard) -> None:
     assert heard.watched() == set()
 
 
+def test_a_shard_is_watched_as_a_whole_while_its_channel_is_lost(heard: Heard) -> None:
+    """What nodes say meanwhile is not heard, and they say all of it within an interval."""
+    heard.open("p-1")
+    heard.tell(["p-1"])
+    heard.interest.lost(0)
+    heard.interest.lost(9)
+    heard.now_s += 100
+    assert heard.interest.slots_of(0) is None and heard.watched(1) == set()
+    heard.interest.live(0)
+    assert heard.interest.slots_of(0) is None
+    heard.now_s += Settings().interest_interval_ms / 1_000
+    assert heard.watched() == {"p-1"}
+
+
 def test_portfolios_may_open_later_than_they_are_watched_and_slots_be_taken_by_others(heard: Heard) -> None:
     heard.tell(["late", "p-1"])
     heard.open("p-1")
@@ -272,3 +286,15 @@ async def test_the_channels_are_those_of_the_shards_that_are_ours(redis_db: str)
         owned.discard(3)
         await until(0)
         assert interest.slots_of(3) is None
+
+
+async def test_a_connection_that_was_lost_leaves_whole_shards_watched_until_nodes_have_spoken(redis_db: str) -> None:
+    book = Book()
+    book.open("p-1", 0, ACCOUNT)
+    async with Redis.from_url(redis_db, protocol=3) as redis, listening(redis_db, book, lambda: {0}) as interest:
+        await watches(interest, book, set())
+        await redis.client_kill_filter(_type="pubsub")
+        async with asyncio.timeout(WAIT_S):
+            while interest.slots_of(0) is not None:
+                await asyncio.sleep(0.01)
+        await watches(interest, book, set())
