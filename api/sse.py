@@ -10,9 +10,9 @@ Who lists text/event-stream beside JSON gets what it prefers, by q-values; where
 
 Streams are those of the WebSocket: the same hub and checks, compiled where the selection can be (api/delivery.py). A
 stream counts as one of the subject's sockets; one too many is refused with 429. A token that expires ends it with an
-error UNAUTHENTICATED. A server that ends ends its streams without `complete`, which clients take for a lost connection
-and come back. A client that does not take an event within `send_timeout_s` is dropped: HTTP has no close code.
-A compiled stream holds back what the client has not taken; of the others one result waits.
+error UNAUTHENTICATED. A server that ends, and a defect, end streams without `complete`, which clients take for a lost
+connection and come back. A client that does not take an event within `send_timeout_s` is dropped: HTTP has no close
+code. A compiled stream holds back what the client has not taken; of the others one result waits.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ class EventStream(Response):
             if expiry.done():
                 operation.cancel()
                 outlet.end(_event(_error("UNAUTHENTICATED", "the token has expired")) + _COMPLETE)
-            elif operation.done() and operation.exception() is None:
-                outlet.end(_COMPLETE)
+            elif operation.done():
+                outlet.end(_COMPLETE if operation.exception() is None else b"")
             elif shutdown.done():
                 outlet.end(b"")
             if expiry.done() or operation.done() or shutdown.done():

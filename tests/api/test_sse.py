@@ -8,7 +8,7 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
@@ -27,13 +27,13 @@ class Events:
     def __init__(self, response: httpx.Response) -> None:
         self.response = response
         self._text = ""
-        self._chunks = response.aiter_text()
+        self.chunks = response.aiter_text()
 
     async def block(self, wait_s: float = WAIT_S) -> str:
         """What comes up to the next empty line."""
         async with asyncio.timeout(wait_s):
             while "\n\n" not in self._text:
-                self._text += await anext(self._chunks)
+                self._text += await anext(self.chunks)
         block, _, self._text = self._text.partition("\n\n")
         return block
 
@@ -45,7 +45,7 @@ class Events:
     async def ends(self) -> None:
         assert await self.block() == "event: complete\ndata: "
         with pytest.raises(StopAsyncIteration):
-            await anext(self._chunks)
+            await anext(self.chunks)
         assert self._text == ""
 
 
@@ -231,6 +231,22 @@ async def test_a_client_that_does_not_read_is_dropped(gateway: Gateway, shard: i
     await gone(gateway)
     assert closes._value.get() == closed_before + 1
     raw.close()
+
+
+async def test_a_defect_ends_the_stream_without_saying_complete(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def defective(*_: object) -> Any:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(gateway.application.gateway, "process_result", defective)
+    async with events(gateway, VIEWER) as stream, asyncio.timeout(WAIT_S):
+        rest = ""
+        with suppress(httpx.RemoteProtocolError):
+            async for chunk in stream.chunks:
+                rest += chunk
+        assert rest.strip(":\n") == ""
+    await gone(gateway)
 
 
 async def test_nothing_follows_the_last_event(gateway: Gateway) -> None:
