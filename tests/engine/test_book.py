@@ -478,6 +478,22 @@ def test_a_dropped_shards_slots_belong_to_no_shard() -> None:
 # -- the day cut -------------------------------------------------------------------------------------------
 
 
+def test_values_that_are_kept_move_with_their_rows_when_a_shard_is_dropped() -> None:
+    book = Book()
+    for number in range(6):  # those of shard 1 stand before those that stay, which take their rows
+        holding = Holding("AAPL", Decimal(number + 1), cost=0, day_base=0)
+        book.open(f"p-{number}", 1 if number < 3 else 0, ACCOUNT, [holding])
+    book.tick("AAPL", Decimal("1.2345678"), 1)  # no whole scale: the column keeps its values
+    book.drop_shard(1)
+    book.check()
+    for number in range(3, 6):
+        name, quantity = f"p-{number}", Decimal(number + 1)
+        assert book.values(name) == [("AAPL", value_micro(quantity, Decimal("1.2345678")))]
+    book.tick("AAPL", Decimal("2.2345678"), 2)
+    book.check()
+    assert all(value == book.nav(name) for name, value in book.revalued())
+
+
 def test_positions_closed_and_reopened_on_the_same_day_keep_their_day_pnl() -> None:
     kept = Bookkeeping()
     kept.send(opening("p-1"), cash("p-1", "DEPOSIT", "1000", "d"), fill("p-1", "BUY", "10", "100", "b1"))
