@@ -79,7 +79,8 @@ class Evaluator:
         self.owner = f"{socket.gethostname()}-{uuid_utils.uuid7()}"
         self.book = Book()
         self.owned: dict[int, OwnedShard] = {}
-        self._engine = make_engine(settings, "evaluator")
+        # A process that stands still inside a transaction would keep its shards' rows locked beyond their leases.
+        self._engine = make_engine(settings, "evaluator", settings.lease_duration_ms)
         self._redis = connect_redis(settings, "evaluator")
         self._ledger = LedgerWriter(self._engine)
         self.shards = Shards(self._engine, self.owner, settings.lease_duration_ms)

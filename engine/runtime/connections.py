@@ -236,8 +236,11 @@ async def connect_postgres(settings: Settings, role: str) -> asyncpg.Pool:
     )
 
 
-def make_engine(settings: Settings, role: str) -> AsyncEngine:
-    """A SQLAlchemy engine over asyncpg with the same limits as `connect_postgres`; connects on first use."""
+def make_engine(settings: Settings, role: str, idle_timeout_ms: int | None = None) -> AsyncEngine:
+    """A SQLAlchemy engine over asyncpg with the same limits as `connect_postgres`; connects on first use.
+
+    `idle_timeout_ms`: how long a transaction may wait for its process, if that is to be shorter.
+    """
     timeout_ms = str(settings.postgres_timeout_s * 1_000)
     return create_async_engine(
         postgres_dsn(settings.postgres_url).replace("postgresql://", "postgresql+asyncpg://", 1),
@@ -251,7 +254,7 @@ def make_engine(settings: Settings, role: str) -> AsyncEngine:
             "server_settings": {
                 "application_name": f"navstream-{role}",
                 "lock_timeout": timeout_ms,
-                "idle_in_transaction_session_timeout": timeout_ms,
+                "idle_in_transaction_session_timeout": str(idle_timeout_ms or timeout_ms),
             },
         },
     )

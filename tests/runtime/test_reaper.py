@@ -26,12 +26,14 @@ GONE_WITHIN_S = 5.0
 
 # A parent with all three servers, a worker that ignores SIGTERM, and a worker's own child.
 PARENT = f"""
-import json, subprocess, sys, time
+import json, signal, subprocess, sys, time
 from pathlib import Path
 from engine.runtime.embedded import start_embedded
 from engine.runtime.reaper import ChildProcesses
 
 def main():
+    # Who starts the tests in the background of a shell has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     children = ChildProcesses()
     try:
         servers = start_embedded(children)

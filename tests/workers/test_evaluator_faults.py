@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
 from collections.abc import AsyncIterator
 from decimal import Decimal
 from types import SimpleNamespace
@@ -28,12 +29,26 @@ from engine.pnl import DayBase
 from engine.portfolio import Portfolio, Present
 from engine.posting import PositionsChange
 from engine.runtime.clock import HOUR_NS, WallClock
+from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 from engine.stores.hot_state_redis import FlushOutcome
 from engine.stores.ledger_postgres import Fenced, Lease
 from engine.stores.shards_postgres import Tenure
-from tests.running_system import AT, MICRO, System, connected, deposit, fill, opening, read_all, running
+from tests.evaluator_processes import evaluators
+from tests.running_system import (
+    AT,
+    MICRO,
+    System,
+    connected,
+    deposit,
+    eventually,
+    fill,
+    opening,
+    read_all,
+    running,
+    until_answered,
+)
 from workers.batch_posting import post_in_steps
 from workers.corporate_actions import ActionSchedule
 from workers.dead_letters import DEAD_LETTER_BYTES_MAX
@@ -112,6 +127,36 @@ async def test_a_commit_whose_answer_was_lost_counts_once_and_marks_stay_in_orde
     assert (after.nav, last.nav) == (13_200_000, 13_600_000)
     assert before.epoch == after.epoch == last.epoch
     assert before.sequence < after.sequence < last.sequence
+
+
+async def test_a_process_that_stands_still_inside_transactions_loses_its_shards(
+    system: System, children: ChildProcesses
+) -> None:
+    """Batches of it wait for a row that the test holds, renewals for the batches; then it stands still."""
+    settings = system.settings.model_copy(update={"lease_duration_ms": 1_000, "lease_renewal_interval_ms": 200})
+
+    async def waiting_count() -> int:
+        return await system.pool.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+
+    async def batch_and_renewal_wait() -> bool:
+        return await waiting_count() >= 2
+
+    async def is_booked() -> bool | None:
+        return await system.pool.fetchval("SELECT true FROM ledger_entry WHERE event_id = 'd1'")
+
+    async with evaluators(children, settings) as processes, system.pool.acquire() as holder:
+        processes.start("frozen")
+        await system.send(opening("p-1"))
+        await system.mark_when("p-1", lambda mark: True)
+        async with holder.transaction():
+            await holder.execute("SELECT FROM portfolio FOR UPDATE")
+            await system.send(deposit("p-1", "5", "d1"))
+            await until_answered(batch_and_renewal_wait, 5)
+            processes.signal("frozen", signal.SIGSTOP)
+        async with running(settings):
+            await eventually(is_booked, 6, waiting_count)
 
 
 async def test_a_message_larger_than_a_dead_letter_may_be_does_not_stop_the_partition(system: System) -> None:
