@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -145,31 +145,32 @@ def worth(year: Year, rows: list[Row], proved: dict[str, Any]) -> Decimal:
     return fold.cash + sum(fold.owed.values(), Decimal(0)) + held
 
 
-def test_an_untouchable_s_sharpe_ratio_was_above_two(recorded: Recorded, year: Year) -> None:
-    """By the factors between session closes, of which the window's first and last day may lack one."""
-    days, closes = timedelta(days=rule(recorded, "untouchable")["window_days"]), sorted(year.closes)
-    factors: dict[str, dict[datetime, float]] = {name: {} for name in recorded.ledger}
-    for (name, at), row in recorded.snapshots.items():
-        if row["twr_factor"] is not None:
-            close = next(iter(closes[bisect_left(closes, at) :]), None)
-            if close is not None:
-                factors[name][close] = factors[name].get(close, 1.0) * row["twr_factor"]
-    ratios = {name: {close: sharpe(of, closes, close, days) for close in closes} for name, of in factors.items()}
-    clear = {name for name, by_close in ratios.items() if max(by_close.values()) > 2.5}
-    awarded = {name for name in recorded.ledger if award(recorded, name, "untouchable")}
-    assert clear <= awarded
-    for name in awarded:
+def test_whoever_s_sharpe_ratio_was_above_two_at_a_close_is_untouchable_since_the_first_such(
+    recorded: Recorded, year: Year
+) -> None:
+    """By what each session day has multiplied the portfolio's worth with, since its first one with a snapshot."""
+    window, closes = timedelta(days=rule(recorded, "untouchable")["window_days"]), sorted(year.closes)
+    sessions = [close.date() for close in closes]
+    multiples: dict[str, dict[date, float]] = {name: {} for name in recorded.ledger}
+    for (name, at), row in sorted(recorded.snapshots.items()):
+        # What happens between sessions counts with the next one.
+        session = next(iter(sessions[bisect_left(sessions, at.date()) :]), None)
+        if session is not None:
+            factor = 1.0 if row["twr_factor"] is None else row["twr_factor"]
+            multiples[name][session] = multiples[name].get(session, 1.0) * factor
+    for name, of in multiples.items():
+        judged = [close for close in closes if (name, close) in recorded.snapshots]
+        ratios = {close: sharpe(of, (close - window).date(), close.date()) for close in judged}
+        reached = next((close for close, ratio in ratios.items() if ratio > 2), None)
         proved = award(recorded, name, "untouchable")
-        assert proved is not None and Decimal(proved["figure"]) > 2
-        around = [ratio for close, ratio in ratios[name].items() if abs(close - proved["awarded_at"]) < 2 * DAY]
-        assert max(around) > 1.5, (name, proved["figure"], around)
+        assert (None if proved is None else proved["awarded_at"]) == reached, name
+        if proved is not None and reached is not None:
+            assert float(proved["figure"]) == pytest.approx(ratios[reached], rel=1e-6)
 
 
-def sharpe(factors: dict[datetime, float], closes: list[datetime], end: datetime, days: timedelta) -> float:
-    """The first close that has a factor is where returns begin: a portfolio may have been booked days late."""
-    begin = max(end - days, min(factors, default=end))
-    within = closes[bisect_left(closes, begin) : bisect_right(closes, end)]
-    returns = [factors.get(close, 1.0) - 1 for close in within[1:]]
+def sharpe(multiples: dict[date, float], begin: date, end: date) -> float:
+    """Of the whole days of a window; the day of its close is not over yet, and the first one is where returns begin."""
+    returns = [multiple - 1 for day, multiple in multiples.items() if begin <= day < end][1:]
     if len(returns) < 20:
         return 0.0
     mean = sum(returns) / len(returns)
