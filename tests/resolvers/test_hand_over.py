@@ -16,6 +16,7 @@ from engine.runtime.settings import Settings
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context, Info, LiveDelivery
 from resolvers.schema import make_schema
+from resolvers.streams import INTERVAL_MAX_S
 from tests.builders import MICRO, MarkRow
 
 SCHEMA = make_schema()
@@ -40,8 +41,8 @@ class RecordedDelivery:
         self.compiled.append(info.field_name)
         return self.projection
 
-    async def deliver(self, portfolio: PortfolioIdentity, projection: object, max_rate_hz: float) -> None:
-        self.delivered.append((portfolio, projection, max_rate_hz))
+    async def deliver(self, portfolio: PortfolioIdentity, projection: object, interval_s: float) -> None:
+        self.delivered.append((portfolio, projection, interval_s))
         try:
             await asyncio.sleep(60 if self.waits else 0)
         except asyncio.CancelledError:
@@ -81,14 +82,17 @@ async def first(query: str, live: LiveDelivery | None, **variables: object) -> A
 
 
 @pytest.mark.parametrize("query", QUERIES)
-@pytest.mark.parametrize(("variables", "rate_hz"), [({}, 4.0), ({"rate": None}, 4.0), ({"rate": 9.5}, 9.5)])
+@pytest.mark.parametrize(
+    ("variables", "interval_s"),
+    [({}, 0.25), ({"rate": None}, 0.25), ({"rate": 8.0}, 0.125), ({"rate": 1e-310}, INTERVAL_MAX_S)],
+)
 async def test_a_delivery_that_compiles_the_selection_takes_over(
-    query: str, variables: dict[str, object], rate_hz: float
+    query: str, variables: dict[str, object], interval_s: float
 ) -> None:
     projection = object()
     live = RecordedDelivery(projection)
     assert await first(query, live, **variables) is None
-    assert live.delivered == [(PORTFOLIO, projection, rate_hz)]
+    assert live.delivered == [(PORTFOLIO, projection, interval_s)]
 
 
 @pytest.mark.parametrize("query", QUERIES)

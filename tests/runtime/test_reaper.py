@@ -32,8 +32,9 @@ from engine.runtime.embedded import start_embedded
 from engine.runtime.reaper import ChildProcesses
 
 def main():
-    # Who starts the tests in the background of a shell has it ignored.
+    # Tests that were started in the background of a shell, or by nohup, have these ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     children = ChildProcesses()
     try:
         servers = start_embedded(children)
