@@ -2,9 +2,9 @@
 
 It judges each session close of the equities' exchange (each midnight, UTC, where there is none) once the snapshots of
 the close are written: a portfolio of each shard is looked at, because a shard's snapshots are written together, and
-the prices of the instant. After SNAPSHOTS_WAIT_S it goes on with those that are there. When it begins it judges the
-last close, which changes nothing where that was done before. It judges close after close as they were, also late;
-when more than CLOSES_BEHIND_MAX are due the oldest are passed over, counted.
+the prices of the instant. After SNAPSHOTS_WAIT_S it goes on with those that are there. It judges close after close as
+they were, also late: `daily_close` says which one was the last, and when the job begins, that one or an older one is
+judged again, which changes nothing. When more than CLOSES_BEHIND_MAX are due the oldest are passed over, counted.
 
 Only portfolios that lack a badge are looked at, in chunks, and after each chunk the job rests as long as the chunk
 took, so that it takes no more than half of a core. Each chunk's proofs are one transaction.
@@ -23,7 +23,7 @@ import structlog
 from engine.assets import AssetClass
 from engine.badges import DAILY, Rule, current_rules
 from engine.runtime import telemetry
-from engine.runtime.clock import DAY_NS, Clock, to_datetime
+from engine.runtime.clock import DAY_NS, Clock, to_datetime, to_ns
 from engine.runtime.connections import stopped_within
 from engine.runtime.settings import Settings
 from engine.sessions import Markets, Sessions
@@ -45,6 +45,8 @@ _SNAPSHOTS = """
         SELECT id FROM portfolio WHERE shard = shard.id AND opened_at < $1 ORDER BY opened_at, id LIMIT 1
     ) AS first
 """
+_LAST_JUDGED = "SELECT judged_at FROM daily_close"
+_JUDGED = "INSERT INTO daily_close (judged_at) VALUES ($1) ON CONFLICT (is_last) DO UPDATE SET judged_at = $1"
 _LACKING = """
     SELECT p.id FROM portfolio AS p
     WHERE p.id > $1 AND EXISTS (SELECT FROM equity_snapshot WHERE portfolio_id = p.id AND at = $2)
@@ -68,7 +70,7 @@ class DailyBadges:
 
     async def run(self, stop: asyncio.Event, succeeded: Callable[[], None]) -> None:
         """Judge every close until `stop` is set. Raises AWAY errors."""
-        judged_ns = last_close_ns(self._sessions, last_close_ns(self._sessions, self._clock.now_ns()) - 1)
+        judged_ns = await self._judged_ns()
         waiting_since_s = time.monotonic()
         while not stop.is_set():
             last_ns = last_close_ns(self._sessions, self._clock.now_ns())
@@ -89,9 +91,16 @@ class DailyBadges:
             succeeded()
             await stopped_within(stop, POLL_INTERVAL_S)
 
+    async def _judged_ns(self) -> int:
+        """The close to go on after: the last but one, or an older one if that is as far as anybody came."""
+        before_ns = last_close_ns(self._sessions, last_close_ns(self._sessions, self._clock.now_ns()) - 1)
+        judged_at = await self._connection.fetchval(_LAST_JUDGED)
+        return before_ns if judged_at is None else min(before_ns, to_ns(judged_at))
+
     async def _judge(self, closed_at: datetime) -> None:
         with telemetry.DAILY_BADGES.time():
             count = await judge_close(self._connection, self._topic, closed_at, self._sessions, rest_between_chunks)
+        await self._connection.execute(_JUDGED, closed_at)
         _log.info("close_judged", closed_at=closed_at.isoformat(), proofs=count)
 
     async def _is_due(self, close_ns: int, last_ns: int, waited_s: float) -> bool:

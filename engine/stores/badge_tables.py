@@ -4,6 +4,7 @@
     badge_state    what the prover of a badge knows: unlocked, active; written in the transaction that proves it
     outbox         what is on its way to Kafka, written in that same transaction; gone once its consumer has it
     badge_award    awards, one per (portfolio, badge, version), for good; written by the consumer
+    daily_close    the last session close that the daily job has judged; one row
     badge_event    what subscribers are told, in order per portfolio; written with the award
 
 A JSON text is kept as it was written (`json` would not keep decimals).
@@ -91,4 +92,12 @@ badge_event = Table(
     Column("at", INSTANT, nullable=False),
     Column("evidence", Text, nullable=False),
     CheckConstraint("kind IN ('UNLOCKED','ACTIVATED','LAPSED')", name="badge_event_kind"),
+)
+
+daily_close = Table(
+    "daily_close",
+    metadata,
+    Column("is_last", Boolean, primary_key=True, server_default="true"),
+    Column("judged_at", INSTANT, nullable=False),
+    CheckConstraint("is_last", name="daily_close_one"),
 )

@@ -219,6 +219,38 @@ async def test_a_close_is_judged_when_its_snapshots_are_there(ledger: LedgerBuil
         await task
 
 
+async def test_closes_at_which_nobody_judged_are_judged_by_who_comes_next(
+    ledger: LedgerBuilder, fresh_database: str
+) -> None:
+    """What is worth a badge at a close is so at the next one hardly ever."""
+    settings = Settings(postgres_url=fresh_database)
+
+    async def run_at(now_ns: int) -> list[datetime]:
+        """Let a job catch up; the closes it judged."""
+        stop, judged = asyncio.Event(), []
+
+        class Noting(DailyBadges):
+            async def _judge(self, closed_at: datetime) -> None:
+                await super()._judge(closed_at)
+                judged.append(closed_at)
+
+        async with ledger.pool.acquire() as connection:
+            daily = Noting(settings, StandingClock(now_ns), connection)
+            async with asyncio.timeout(10):
+                await daily.run(stop, stop.set)
+        return judged
+
+    name = await opened(ledger)
+    closes = [CLOSED_AT - timedelta(days=days) for days in (4, 3, 2, 1, 0)]  # Monday to Friday
+    await ledger.snapshots(name, dict.fromkeys(closes, "1"))
+    for close in closes:
+        await ledger.pool.execute("INSERT INTO price_close VALUES ('X', $1, 1, $1, 'feed', '')", close)
+    assert await run_at(to_ns(closes[0])) == [closes[0]]
+    assert await run_at(to_ns(closes[4]) + 1) == closes[1:]
+    # The last one once more: it may not have been judged to its end.
+    assert await run_at(to_ns(closes[4]) + 1) == [closes[4]]
+
+
 def test_closes_that_are_passed_over_are_counted() -> None:
     close_ns = to_ns(CLOSED_AT)
     before_ns = last_close_ns(SESSIONS, close_ns - 1)
