@@ -1,7 +1,7 @@
 """Badges of an evaluator's portfolios, from what an event or a price changed to the transaction that proves it.
 
     booking    `prover` follows a batch in its transaction, `booked` takes in what it proved once it is committed
-    flush      `look` compares the NAVs of the changed rows and keeps what was found
+    flush      `look` compares the NAVs of the changed rows, and of all rows at a snapshot, and keeps what was found
     events     `prove_due`, between batches: writes what flushes found, and looks at positions that are due, and at
                the holders of assets that have come to another sector
 

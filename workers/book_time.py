@@ -240,6 +240,8 @@ class BookTime:
         book, lease = self._host.book, owned.lease
         slots = book.slots_of(lease.shard)
         slots = slots[~book.out_of_range(slots)]
+        # What a snapshot is worth, it has been worth, also when no flush comes between it and the next price.
+        self._host.badges.look(owned, slots, boundary_ns)
         owned.sequence += 1
         header = FrameHeader(lease.shard, lease.epoch, owned.sequence, owned.flushed_sequence, boundary_ns, 0)
         data = self._host.hot.encode(header, slots, book.marks(slots, boundary_ns, owned.sequence))

@@ -74,7 +74,7 @@ class OwnedShard:
 
 
 class Badges(Protocol):
-    """What is told of every portfolio that is loaded and of every row that is about to be flushed."""
+    """What is told of every portfolio that is loaded, and of every row that is about to be flushed or snapped."""
 
     @property
     def rules(self) -> Sequence[Rule]: ...

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.badges import load_rules
 from engine.corporate_actions import Split
 from engine.day_cuts import parse_day_cut
 from engine.marks import MarkQuality
@@ -167,6 +168,19 @@ def test_an_hours_frame_has_all_marks_as_they_were_at_it(stage: Stage) -> None:
     mark = marks["p-22"]
     assert (mark.nav, mark.as_of_ns, mark.day_cut_at_ns) == (10 * MICRO, to_ns(MIDNIGHT), to_ns(MIDNIGHT))
     assert (mark.epoch, mark.sequence, stage.owned[0].sequence) == (7, 1, 1)
+
+
+def test_a_nav_that_no_flush_sees_is_found_at_the_snapshot(stage: Stage) -> None:
+    (whale,) = [rule for rule in load_rules() if rule.badge_id == "whale"]
+    badges = stage.badges.book
+    badges.set_rules([whale])
+    stage.open("p-1")
+    badges.open("p-1", 0, stage.book.slot("p-1"))
+    stage.quote(str(whale.threshold), MIDNIGHT)
+    stage.quote("11", MIDNIGHT + SECOND)
+    stage.advance(MIDNIGHT + 2 * SECOND)
+    (proof,) = stage.badges._found[0].values()
+    assert (proof.portfolio_id, proof.transition.at) == ("p-1", MIDNIGHT)
 
 
 def test_of_many_hours_at_once_the_last_has_a_frame_and_the_others_are_gaps(stage: Stage) -> None:
