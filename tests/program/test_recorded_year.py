@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from decimal import Decimal
+from operator import itemgetter
 
 import pytest
 
@@ -49,37 +52,53 @@ def as_worth(row: Row) -> Worth:
 def test_every_action_is_booked_once_for_each_holder_with_what_it_concerns(year: Year, recorded: Recorded) -> None:
     assert recorded.late_count == 0, "they were announced before the market opened"
     holders: Counter[str] = Counter()
+    steps: list[tuple[str, Split | Dividend]] = [("SPLIT", split) for split in year.splits]
+    steps += [("DIVIDEND_ACCRUED", dividend) for dividend in year.dividends]
     for name, rows in recorded.ledger.items():
         shard = recorded.portfolios[name]["shard"]
         booked = {row["event_id"]: row for row in rows if row["kind"] in ("SPLIT", "DIVIDEND_ACCRUED")}
-        for kind, actions in (("SPLIT", year.splits), ("DIVIDEND_ACCRUED", year.dividends)):
-            for action in actions:
-                row = booked.pop(f"{action.action_id}#{name}", None)
-                if row is None:
-                    applied_at = recorded.applied_at[shard, action.action_id, kind]
-                    assert not held_at(year, rows, action, applied_at), (name, action)
-                    continue
-                holders[kind] += 1
-                check_step(row, kind, action, held_until(year, rows, row["sequence"], action))
+        counts: dict[int, tuple[int, ...]] = {}
+        for place, (kind, action) in enumerate(steps):
+            row = booked.get(f"{action.action_id}#{name}")
+            if row is not None:
+                counts[place] = (row["sequence"] - 1,)
+            else:
+                counts[place] = around(rows, recorded.applied_at[shard, action.action_id, kind])
+        held = held_after(year, rows, [(count, steps[place][1]) for place, of in counts.items() for count in of])
+        for place, (kind, action) in enumerate(steps):
+            row = booked.pop(f"{action.action_id}#{name}", None)
+            quantities = [held[count, action] for count in counts[place]]
+            if row is None:
+                # Nothing was held when the shard booked the action, or that changed just then.
+                assert not min(quantities, key=abs), (name, action)
+                continue
+            holders[kind] += 1
+            check_step(row, kind, action, quantities[0])
         assert not booked, "entries of no action of the file"
     assert holders["SPLIT"] >= 2 and holders["DIVIDEND_ACCRUED"] > PORTFOLIOS * 10
 
 
-def held_until(year: Year, rows: list[Row], sequence: int, action: Split | Dividend) -> Decimal:
-    fold = Fold(year)
-    for row in rows[: sequence - 1]:
-        fold.take(row)
-    return fold.held_for(action)
+def around(rows: list[Row], at: datetime) -> tuple[int, int]:
+    """How many entries there were just before and just after an instant."""
+    before = bisect_left(rows, at - SAME_TIME, key=itemgetter("recorded_at"))
+    after = bisect_left(rows, at + SAME_TIME, key=itemgetter("recorded_at"))
+    return before, after
 
 
-def held_at(year: Year, rows: list[Row], action: Split | Dividend, applied_at: datetime) -> Decimal:
-    """What was held when the shard booked the action; 0 also when that changed just then."""
-    before = [row for row in rows if row["recorded_at"] < applied_at - SAME_TIME]
-    after = [row for row in rows if row["recorded_at"] < applied_at + SAME_TIME]
-    return min(
-        (held_until(year, rows, part[-1]["sequence"] + 1, action) if part else Decimal(0) for part in (before, after)),
-        key=abs,
-    )
+def held_after(
+    year: Year, rows: list[Row], asked: Iterable[tuple[int, Split | Dividend]]
+) -> dict[tuple[int, Split | Dividend], Decimal]:
+    """What was held, as an action counts it, after so many entries."""
+    wanted: dict[int, list[Split | Dividend]] = defaultdict(list)
+    for count, action in asked:
+        wanted[count].append(action)
+    fold, held = Fold(year), {}
+    for count in range(len(rows) + 1):
+        for action in wanted.get(count, ()):
+            held[count, action] = fold.held_for(action)
+        if count < len(rows):
+            fold.take(rows[count])
+    return held
 
 
 def check_step(row: Row, kind: str, action: Split | Dividend, held: Decimal) -> None:
