@@ -123,6 +123,7 @@ class TakeOver:
         lease, book = owned.lease, self._host.book
         for start in range(0, len(slots), MARKS_PER_WRITE_MAX):
             part = slots[start : start + MARKS_PER_WRITE_MAX]
+            part = part[~book.out_of_range(part)]
             marks = book.marks(part, self._time.as_of_ns, owned.sequence)
             await self._host.hot.write_marks(lease.shard, lease.epoch, part, marks)
 

@@ -162,6 +162,13 @@ async def test_what_was_committed_and_not_written_is_written_before_the_pointer_
     assert (await life.state())["p-2"][0]["XOM"].day_base == 36 * MICRO
 
 
+async def test_a_nav_that_may_not_be_shown_is_not_written(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(life.book, "out_of_range", lambda slots: slots == life.book.slot("p-3"))
+    await life.live()
+    marks = await HotStateReads(life.redis, 5).marks(0, list(NAMES))
+    assert [mark is not None for mark in marks.values()] == [True, True, False]
+
+
 async def test_a_ledger_that_was_set_back_is_written(life: Life) -> None:
     await life.ledger.admin.execute("UPDATE portfolio SET ledger_sequence = ledger_sequence - 1 WHERE id = 'p-3'")
     await life.live()
