@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Hashable
 from typing import cast
 
+import structlog
+
 from api.groups import Group, Member, Projection, State
 from api.hub import Heard, Hub
 from api.metrics import Metrics
@@ -36,6 +38,8 @@ TICK_S = 0.005
 WRITE_DELAY_S = 0.001
 # By so much a sum of instants may miss the instant that it means.
 _CLOCK_ERROR_S = 1e-4
+
+_log = structlog.get_logger(__name__)
 
 
 class Deliveries:
@@ -177,10 +181,13 @@ class Deliveries:
         now_s = self.now_s()
         tick = self._wheel.tick_of(now_s)
         for entry in self._wheel.take(now_s):
-            if isinstance(entry, Member):
-                self._fall_due(entry, tick, now_s)
-            else:
-                entry.give_up()
+            try:
+                if isinstance(entry, Member):
+                    self._fall_due(entry, tick, now_s)
+                else:
+                    entry.give_up()
+            except Exception:  # a defect of one is not to hold up the others
+                _log.exception("entry_failed")
         self._arm()
 
     def _fall_due(self, member: Member, tick: int, now_s: float) -> None:
@@ -207,7 +214,10 @@ class Deliveries:
         """Write what the pass has. What the kernel does not take at once counts as written all the same."""
         touched, self._touched = self._touched, []
         for outlet in touched:
-            outlet.flush()
+            try:
+                outlet.flush()
+            except Exception:
+                _log.exception("outlet_failed")
         self._metrics.deliveries.inc(self._messages_count)
         self._messages_count = 0
         heard, self._heard = self._heard, []

@@ -26,12 +26,16 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import structlog
+
 from engine.marks import MARK, QUALITIES_COUNT, QUALITY_AT, SEQUENCE_AT, Mark, Row, mark_of, row_of, unpack_row
 from engine.messages import Quote
 from engine.stores.hot_state_reads import Place
 
 _MARK_BYTES = MARK.itemsize
 _MS_NS = 1_000_000
+
+_log = structlog.get_logger(__name__)
 
 
 class Heard:
@@ -345,7 +349,10 @@ class Hub:
                 if not 0 <= row[QUALITY_AT] < QUALITIES_COUNT:
                     raise ValueError("a mark's quality is none")
                 for receiver in receivers:
-                    receiver.put(row, epoch, True, heard)
+                    try:
+                        receiver.put(row, epoch, True, heard)
+                    except Exception:  # a defect of one is not to silence the others
+                        _log.exception("receiver_failed", shard=shard)
             offset += _MARK_BYTES
 
     def deliver_mark(self, place: Place, mark: Mark) -> None:
@@ -353,7 +360,10 @@ class Hub:
         current = place[0] in self._live_shards and place[0] not in self._silent_shards
         row = row_of(mark)
         for receiver in self._marks.get(place[0], {}).get(place[1].encode(), ()):
-            receiver.put(row, mark.epoch, current, None)
+            try:
+                receiver.put(row, mark.epoch, current, None)
+            except Exception:
+                _log.exception("receiver_failed", shard=place[0])
 
     def deliver_quotes(self, quotes: Iterable[Quote]) -> None:
         for quote in quotes:

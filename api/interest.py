@@ -57,7 +57,8 @@ class InterestTeller:
             except AWAY as error:
                 # Nothing counts as told: evaluators may have heard nothing, or be gone.
                 complete_at_s = 0.0
-                await asyncio.sleep(self._outage.begin_or_continue(error))
+                # What was told before is still to hold when it is told again.
+                await asyncio.sleep(min(self._outage.begin_or_continue(error), self._interval_s))
                 continue
             if is_complete:
                 complete_at_s = time.monotonic() + self._interval_s

@@ -171,6 +171,33 @@ def test_what_was_made_before_an_operation_ends_is_written_before_it_ends() -> N
     run_virtually(play())
 
 
+def test_a_defect_of_one_silences_nobody_else() -> None:
+    """One can not be encoded, another one's socket fails as none should."""
+
+    class Broken(Counting):
+        key = "broken"
+
+        def encode(self, *_: object) -> bytes:
+            raise RuntimeError("a defect")
+
+    class BrokenOutlet(TestOutlet):
+        def write(self, frames: bytes) -> None:
+            raise RuntimeError("another defect")
+
+    async def play() -> None:
+        ways = TwoWays()
+        ways.hub.shard_live(PLACE[0], True)
+        ways.deliveries.join(TestOutlet(ways.deliveries), b"", PLACE, Broken(), INTERVAL_S)
+        ways.deliveries.join(BrokenOutlet(ways.deliveries), b"", PLACE, Counting(), INTERVAL_S)
+        outlet, _ = join(ways, Counting())
+        for nav in (5, 6):
+            ways.frame(nav=nav * MICRO)
+            await asyncio.sleep(2 * INTERVAL_S)
+        assert [nav for nav, _, _ in values_of(outlet)] == [5, 6]
+
+    run_virtually(play())
+
+
 def test_late_subscribers_are_shown_what_is_known_however_old_the_read() -> None:
     async def play() -> None:
         ways, projection = TwoWays(), Counting()
