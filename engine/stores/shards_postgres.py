@@ -105,6 +105,8 @@ class Shards:
         """All of a shard at one instant (engine.stores.shard_loading). Raises Fenced when it is not the lease's."""
         async with self._engine.connect() as connection:
             await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+            # What is read becomes arrays between two statements, which takes long for a million portfolios.
+            await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             mine = (shard.c.id == lease.shard) & (shard.c.epoch == lease.epoch)
             # Not locked: renewals of the lease go on meanwhile, and a new owner's state is written under a new epoch.
             next_offset = await connection.scalar(select(shard.c.next_offset).where(mine))

@@ -7,6 +7,7 @@ moving the instants stored in the database back.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -210,6 +211,24 @@ async def test_offsets_go_on_within_a_log_and_begin_anew_in_another(cluster: Clu
     tenure = await member.shards.renew([], "another cluster/topic")
     assert tenure.claimed == [Lease(0, 2, "another cluster/topic")]
     assert (await member.shards.load(tenure.claimed[0], last_cut, no_quote)).next_offset == 0
+
+
+async def test_a_shard_may_take_longer_to_load_than_a_transaction_may_stand_still(
+    cluster: Cluster, fresh_database: str
+) -> None:
+    await cluster.start(1)
+    (member,) = cluster.join()
+    await member.round()
+    await book(cluster, member.owned[0], record(opening("p-1")))
+    engine = make_engine(Settings(postgres_url=fresh_database), "test-shards", idle_timeout_ms=100)
+
+    def slow_last_cut(day_cut: str) -> int:
+        time.sleep(0.4)
+        return last_cut(day_cut)
+
+    loaded = await Shards(engine, "slow", LEASE_MS).load(member.owned[0], slow_last_cut, no_quote)
+    assert loaded.next_offset == 1
+    await engine.dispose()
 
 
 async def test_a_topic_of_another_size_is_refused_once_there_are_portfolios(cluster: Cluster) -> None:
