@@ -231,8 +231,9 @@ async def _marks(settings: Settings, shards: dict[str, int]) -> AsyncIterator[as
     publishing = asyncio.create_task(publish())
     try:
         yield flow
-        assert not publishing.done(), publishing.result()
     finally:
+        # What ended it, if anything did, is why nothing was delivered.
+        assert not publishing.done(), publishing.result()
         publishing.cancel()
         await client.aclose()
 
