@@ -50,7 +50,7 @@ export async function listen(url, shards, wanted, deliver) {
       at = marks + count * MARK_BYTES;
     }
   };
-  for (let shard = 0; shard < shards; shard += 1) await client.subscribe(`marks:{${shard}}`, take, true);
+  for (let shard = 0; shard < shards; shard += 1) await client.sSubscribe(`marks:{${shard}}`, take, true);
 }
 
 export const SCHEMA = `
