@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 Connection = asyncpg.Connection | PoolConnectionProxy
 Rows = NDArray[np.void]
 
+# A shard of a million portfolios is read in one piece: longer than anything else may wait for an answer.
+READ_TIMEOUT_S = 120.0
 PARSED_BYTES = 4 * 1024 * 1024  # some 70,000 rows of a position
 _SIGNATURE = b"PGCOPY\n\xff\r\n\x00"
 _HEADER_BYTES = len(_SIGNATURE) + 8
@@ -31,7 +33,7 @@ async def copy_rows(driver: Connection, query: str, *arguments: object, columns:
     """The rows of a query in the transaction that is under way; `columns` names the fields, in order, with their numpy
     types (i4, i8, f8)."""
     taken = _Taken(columns)
-    await driver.copy_from_query(query, *arguments, output=taken.add, format="binary")
+    await driver.copy_from_query(query, *arguments, output=taken.add, format="binary", timeout=READ_TIMEOUT_S)
     return taken.end()
 
 

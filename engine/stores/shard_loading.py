@@ -36,7 +36,7 @@ from engine.ledger import EXTERNAL_FLOWS
 from engine.pnl import day_base_since
 from engine.runtime.clock import to_datetime
 from engine.stores.badges_postgres import states_of_shard
-from engine.stores.copied_rows import Rows, copy_rows
+from engine.stores.copied_rows import READ_TIMEOUT_S, Rows, copy_rows
 from engine.stores.estimated_cuts import PORTFOLIOS_PER_STEP, Missed, MissedCut, QuoteOf
 from engine.stores.ledger_rows import driver_of
 
@@ -219,7 +219,7 @@ class _Reading:
 
     @classmethod
     async def begin(cls, driver: asyncpg.Connection, shard: int, last_cut: LastCut) -> _Reading:
-        named = await driver.fetch(_PORTFOLIOS, shard)
+        named = await driver.fetch(_PORTFOLIOS, shard, timeout=READ_TIMEOUT_S)
         names = [row["id"] for row in named]
         cuts = {text: last_cut(text) for text in dict.fromkeys(row["day_cut"] for row in named)}
         number_of = {text: number for number, text in enumerate(cuts)}
@@ -286,7 +286,7 @@ class _Reading:
         base, factor, segment = self.day["nav"].copy(), np.ones(len(self.names)), self.day["nav"].copy()
         flows: dict[int, list[tuple[int, int]]] = {}
         kinds = sorted(kind.value for kind in EXTERNAL_FLOWS)
-        for row in await self.driver.fetch(_FLOWS, *self._moved(), kinds):
+        for row in await self.driver.fetch(_FLOWS, *self._moved(), kinds, timeout=READ_TIMEOUT_S):
             flows.setdefault(row["place"], []).append((row["nav_before"], row["amount"]))
         for place, since in flows.items():
             day = day_base_since(int(self.day["nav"][place]), since)

@@ -65,3 +65,10 @@ async def test_what_is_not_a_record_of_the_columns_is_refused(connection: asyncp
     with pytest.raises(ValueError, match="copy"):
         await copy_rows(connection, query, columns={"small": "i4", "large": "i8"})
     assert await connection.fetchval("SELECT 1") == 1
+
+
+async def test_rows_may_take_longer_than_anything_else(fresh_database: str) -> None:
+    impatient = await asyncpg.connect(fresh_database, command_timeout=0.2)
+    rows = await copy_rows(impatient, "SELECT 1::integer FROM pg_sleep($1)", 0.6, columns={"one": "i4"})
+    assert rows["one"].tolist() == [1]
+    await impatient.close()
