@@ -40,7 +40,7 @@ from engine.stores.shards_postgres import Shards
 SHARDS = 4
 LOG_ID = "bench"
 SOCKETS_PER_SUBJECT = 10_000
-READY_TIMEOUT_S = 180
+READY_TIMEOUT_S = 600  # a million portfolios have fifteen million positions to write
 QUERY = """subscription Nav($id: String!) {
   navUpdates(portfolioId: $id, maxRateHz: %g) { kind nav cash positionsValue quality asOf sequence latencyMs } }"""
 
