@@ -21,6 +21,7 @@ import asyncio
 import json
 import time
 import urllib.request
+from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Protocol
@@ -41,6 +42,7 @@ _JWKS_TIMEOUT_S = 5
 _EXPIRY_CHECK_INTERVAL_MAX_S = 3_600  # event loops refuse timers years ahead
 _JWKS_BYTES_MAX = 1024 * 1024
 _JWKS_REFRESH_INTERVAL_S = 30  # an unknown `kid` makes us ask the issuer, and no oftener than this
+_VERIFIED_COUNT_MAX = 10_000
 
 
 class TokenRefusedError(Exception):
@@ -155,6 +157,8 @@ class Authenticator:
         self._keys = make_key_source(settings)
         self._audience = settings.jwt_audience
         self._issuer = settings.jwt_issuer
+        # By token and verifying key: when the issuer's keys are fetched anew, its tokens are verified anew.
+        self._verified: OrderedDict[tuple[str, Any], Subject] = OrderedDict()
 
     async def authenticate(self, authorization: str | None) -> Subject | None:
         """The caller of an `Authorization` value, None when there is none. Raises TokenRefusedError."""
@@ -165,10 +169,15 @@ class Authenticator:
             raise TokenRefusedError("authorization is not a bearer token")
         if len(token) > TOKEN_LENGTH_MAX:
             raise TokenRefusedError("the token is too long")
+        token = token.strip()
         try:
+            key = await self._keys.key(token)
+            known = self._verified.get((token, key))
+            if known is not None and known.expires_at_s > time.time():
+                return known
             claims = jwt.decode(
-                token.strip(),
-                await self._keys.key(token.strip()),
+                token,
+                key,
                 algorithms=self._keys.algorithms,
                 audience=self._audience,
                 issuer=self._issuer,
@@ -178,7 +187,11 @@ class Authenticator:
             raise TokenRefusedError("the token has expired") from None
         except (jwt.PyJWTError, ValueError, OSError) as error:
             raise TokenRefusedError("the token is not valid") from error
-        return _subject(claims)
+        subject = _subject(claims)
+        self._verified[token, key] = subject
+        if len(self._verified) > _VERIFIED_COUNT_MAX:
+            self._verified.popitem(last=False)
+        return subject
 
 
 def _subject(claims: dict[str, Any]) -> Subject:

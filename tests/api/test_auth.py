@@ -157,6 +157,31 @@ async def test_jwks_keys_are_fetched_once_and_by_kid() -> None:
         assert asked[0] == 1
 
 
+async def test_a_token_that_was_believed_expires() -> None:
+    authenticator = Authenticator(settings())
+    token = signed(exp=datetime.now(UTC) + timedelta(seconds=2))
+    assert await authenticator.authenticate(f"Bearer {token}") is not None
+    await asyncio.sleep(2.1)
+    with pytest.raises(TokenRefusedError, match="expired"):
+        await authenticator.authenticate(f"Bearer {token}")
+
+
+async def test_a_token_that_was_believed_goes_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.auth._JWKS_REFRESH_INTERVAL_S", 0)
+    old, new = (rsa.generate_private_key(65537, 2048) for _ in range(2))
+    keys = {"k1": old}
+    async with jwks_server(keys) as (url, _):
+        authenticator = Authenticator(settings(jwt_jwks_url=url, jwt_secret=SecretStr("")))
+        token = jwt.encode(claims(), old, algorithm="RS256", headers={"kid": "k1"})
+        assert await authenticator.authenticate(f"Bearer {token}") is not None
+        keys |= {"k1": new, "k2": new}
+        # A kid that is not known has all keys fetched.
+        newer = jwt.encode(claims(), new, algorithm="RS256", headers={"kid": "k2"})
+        assert await authenticator.authenticate(f"Bearer {newer}") is not None
+        with pytest.raises(TokenRefusedError):
+            await authenticator.authenticate(f"Bearer {token}")
+
+
 async def test_an_issuer_that_is_away_refuses_instead_of_believing() -> None:
     authenticator = Authenticator(settings(jwt_jwks_url="http://127.0.0.1:1/jwks"))
     token = jwt.encode(claims(), SECRET, algorithm="HS256", headers={"kid": "k1"})
