@@ -89,7 +89,7 @@ class Database:
         return self._pool
 
     async def connect(self, settings: Settings) -> None:
-        self._pool = await connect_postgres(settings, "api")
+        self._pool = await connect_postgres(settings, "api", stateless=True)
 
     async def check(self) -> None:
         await self.pool().fetchval("SELECT 1")

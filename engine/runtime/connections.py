@@ -213,12 +213,13 @@ def node_name(redis: RedisClient, key: str) -> str:
     return redis.node_name(key) if isinstance(redis, ClusterClient) else ""
 
 
-async def connect_postgres(settings: Settings, role: str) -> asyncpg.Pool:
+async def connect_postgres(settings: Settings, role: str, stateless: bool = False) -> asyncpg.Pool:
     """A pool of at most `postgres_pool_size` connections. Raises OSError, asyncpg.PostgresError when it is
     away.
 
     `command_timeout` ends the wait on our side; `statement_timeout` and its siblings end the work on the
-    server's, so that a vanished process does not leave a lock behind.
+    server's, so that a vanished process does not leave a lock behind. `stateless`: nobody changes a connection's
+    session (settings, locks beyond a transaction, LISTEN), so it is given back without a round trip to reset it.
     """
     timeout_ms = str(settings.postgres_timeout_s * 1_000)
     return await asyncpg.create_pool(
@@ -227,6 +228,7 @@ async def connect_postgres(settings: Settings, role: str) -> asyncpg.Pool:
         max_size=settings.postgres_pool_size,
         timeout=settings.postgres_timeout_s,
         command_timeout=settings.postgres_timeout_s,
+        reset=_nothing_to_reset if stateless else None,
         server_settings={
             "application_name": f"navstream-{role}",
             "statement_timeout": timeout_ms,
@@ -234,6 +236,10 @@ async def connect_postgres(settings: Settings, role: str) -> asyncpg.Pool:
             "idle_in_transaction_session_timeout": timeout_ms,
         },
     )
+
+
+async def _nothing_to_reset(_: asyncpg.Connection) -> None:
+    """asyncpg has rolled back what was left open."""
 
 
 def make_engine(settings: Settings, role: str, idle_timeout_ms: int | None = None) -> AsyncEngine:
