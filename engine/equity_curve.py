@@ -44,6 +44,8 @@ from enum import StrEnum
 from functools import lru_cache
 from itertools import pairwise
 
+import msgspec
+
 from engine.amounts import present
 from engine.marks import Mark, MarkQuality
 
@@ -68,8 +70,7 @@ class Resolution(StrEnum):
     DAILY = "DAILY"
 
 
-@dataclass(frozen=True, slots=True)
-class EquityPoint:
+class EquityPoint(msgspec.Struct, frozen=True, gc=False):
     """NAV in micro-units at an instant (ns since 1970, UTC), after `ledger_sequence` entries of the ledger."""
 
     at_ns: int
@@ -88,8 +89,7 @@ class Flow:
     nav_before: int
 
 
-@dataclass(frozen=True, slots=True)
-class CurvePoint:
+class CurvePoint(msgspec.Struct, frozen=True, gc=False):
     """A point with its TWR index (1 at the beginning); the three statistics are None where it is undefined."""
 
     at_ns: int

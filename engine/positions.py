@@ -53,24 +53,37 @@ hot_position_encoder = msgspec.msgpack.Encoder()
 hot_position_decoder: msgspec.msgpack.Decoder[HotPosition] = msgspec.msgpack.Decoder(HotPosition)
 
 
-@dataclass(frozen=True, slots=True)
-class PositionValuation:
-    """One position at one quote. Amounts in micro-units; ratios are fractions; None is unknown."""
+class PositionValuation(msgspec.Struct, frozen=True, gc=False):
+    """One position at one quote, of a portfolio worth `nav`. Amounts in micro-units; ratios are fractions; None is
+    unknown."""
 
     symbol: str
     opened_sequence: int
     quantity: Decimal
-    average_cost: Decimal
     price: Decimal | None
     price_as_of_ns: int | None
     quality: MarkQuality
     cost: int
     value: int
-    unrealized: int
-    unrealized_ratio: Decimal | None
     realized: int
     day_pnl: int
-    weight: Decimal | None
+    nav: int
+
+    @property
+    def average_cost(self) -> Decimal:
+        return average(self.cost, self.quantity)
+
+    @property
+    def unrealized(self) -> int:
+        return self.value - self.cost
+
+    @property
+    def unrealized_ratio(self) -> Decimal | None:
+        return ratio(self.unrealized, abs(self.cost))
+
+    @property
+    def weight(self) -> Decimal | None:
+        return ratio(self.value, self.nav)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +120,14 @@ def value_position(
         symbol=symbol,
         opened_sequence=hot.opened_sequence,
         quantity=quantity,
-        average_cost=average(hot.cost, quantity),
         price=price,
         price_as_of_ns=price_as_of_ns,
         quality=quality,
         cost=hot.cost,
         value=value,
-        unrealized=value - hot.cost,
-        unrealized_ratio=ratio(value - hot.cost, abs(hot.cost)),
         realized=hot.realized,
         day_pnl=value - hot.day_base,
-        weight=ratio(value, nav),
+        nav=nav,
     )
 
 

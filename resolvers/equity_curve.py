@@ -29,6 +29,7 @@ from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context
 from resolvers.enums import EquityCurveRange, MarkQuality, Resolution
 from resolvers.errors import ErrorCode, PublicError
+from resolvers.fields import resolved
 
 POINTS_DEFAULT = 500
 # Two years of hours: all portfolios have the same.
@@ -37,19 +38,35 @@ _instant = lru_cache(maxsize=20_000)(to_datetime)
 
 @strawberry.type(description="NAV and return at an instant.")
 class EquityPoint:
-    at: datetime = strawberry.field(description="The instant of the snapshot; now for the live point.")
-    nav: Decimal = strawberry.field(description="NAV in the base currency.")
-    quality: MarkQuality = strawberry.field(description="The worst quality among the prices behind the NAV.")
-    twr_index: Decimal | None = strawberry.field(
-        description=(
-            "Time-weighted index, 1 at the range's beginning: deposits, withdrawals and rewards do not move it. "
-            "twrIndex − 1 is the return so far. Null from where a period starts at a NAV of 0 or less."
-        )
+    # A curve has hundreds of points: what is not asked for is not made.
+    point: strawberry.Private[CurvePoint]
+
+    @resolved("The instant of the snapshot; now for the live point.")
+    def at(self) -> datetime:
+        return _instant(self.point.at_ns)
+
+    @resolved("NAV in the base currency.")
+    def nav(self) -> Decimal:
+        return from_micro(self.point.nav)
+
+    @resolved("The worst quality among the prices behind the NAV.")
+    def quality(self) -> MarkQuality:
+        return self.point.quality
+
+    @resolved(
+        "Time-weighted index, 1 at the range's beginning: deposits, withdrawals and rewards do not move it. "
+        "twrIndex − 1 is the return so far. Null from where a period starts at a NAV of 0 or less."
     )
-    high_water_mark: Decimal | None = strawberry.field(description="The largest twrIndex up to here, within the range.")
-    drawdown: Decimal | None = strawberry.field(
-        description="1 − twrIndex / highWaterMark as a fraction ≥ 0 (0.25 is 25 % below the mark)."
-    )
+    def twr_index(self) -> Decimal | None:
+        return _show_index(self.point.index)
+
+    @resolved("The largest twrIndex up to here, within the range.")
+    def high_water_mark(self) -> Decimal | None:
+        return _show_index(self.point.high_water_mark)
+
+    @resolved("1 − twrIndex / highWaterMark as a fraction ≥ 0 (0.25 is 25 % below the mark).")
+    def drawdown(self) -> Decimal | None:
+        return _show_index(self.point.drawdown)
 
 
 @strawberry.type(
@@ -113,19 +130,8 @@ async def load_equity_curve(
     if not POINTS_MIN <= count_max <= POINTS_MAX:
         raise PublicError(ErrorCode.BAD_POINTS, f"maxPoints is {POINTS_MIN} to {POINTS_MAX}")
     history = await load_history(context, portfolio, curve_range)
-    points = [_show(point) for point in thin(history.shown, count_max)]
+    points = [EquityPoint(point=point) for point in thin(history.shown, count_max)]
     return EquityCurve(range=curve_range, resolution=history.resolution, points=points)
-
-
-def _show(point: CurvePoint) -> EquityPoint:
-    return EquityPoint(
-        at=_instant(point.at_ns),
-        nav=from_micro(point.nav),
-        quality=point.quality,
-        twr_index=_show_index(point.index),
-        high_water_mark=_show_index(point.high_water_mark),
-        drawdown=_show_index(point.drawdown),
-    )
 
 
 def _show_index(value: float | None) -> Decimal | None:

@@ -1,9 +1,9 @@
 """Execution of plain records without graphql-core's work per field.
 
-An answer is mostly rows: positions, points of a curve, ledger entries. Their fields are attributes that need no
-resolver, yet graphql-core builds a path, an info and an argument dictionary for each. `RecordExecutor` writes such
-an object in one loop when every selected field of it is an attribute whose type is a leaf, or again such an object
-or a list of them. Anything else, and anything that goes wrong (a null where none may be, a value that does not
+An answer is mostly rows: positions, points of a curve, ledger entries. Their fields are attributes, or methods that
+need nothing but the row, yet graphql-core builds a path, an info and an argument dictionary for each. `RecordExecutor`
+writes such an object in one loop when every selected field of it is of these and its type is a leaf, or again such an
+object or a list of them. Anything else, and anything that goes wrong (a null where none may be, a value that does not
 serialise), takes graphql-core's own path, which reports it properly. Answers are the same either way.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 from graphql import (
     GraphQLList,
@@ -23,10 +24,12 @@ from graphql import (
     is_object_type,
 )
 from strawberry.schema.schema import StrawberryGraphQLCoreExecutionContext
+from strawberry.types.field import StrawberryField
 
+_Reader = Callable[[Any], Any]
 _Writer = Callable[[Any], Any]
-# For each field: its name in the answer, its attribute, what writes a value that is there, whether one must be.
-_Plan = list[tuple[str, str, _Writer, bool]]
+# For each field: its name in the answer, what reads its value, what writes one that is there, whether one must be.
+_Plan = list[tuple[str, _Reader, _Writer, bool]]
 
 
 class _NotPlainError(Exception):
@@ -66,13 +69,13 @@ class RecordExecutor(StrawberryGraphQLCoreExecutionContext):
             name = details[0].node.name.value
             field = parent_type.fields.get(name)
             if name == "__typename":
-                plan.append((response_name, "__class__", _constant(parent_type.name), True))
+                plan.append((response_name, type, _constant(parent_type.name), True))
                 continue
-            if field is None or field.args or not getattr(field.resolve, "_is_default", False):
+            if field is None or field.args:
                 raise _NotPlainError
-            attribute = field.extensions["strawberry-definition"].python_name
+            read = _reader(field.extensions.get("strawberry-definition"))
             required = isinstance(field.type, GraphQLNonNull)
-            plan.append((response_name, attribute, self._writer(field.type, details), required))
+            plan.append((response_name, read, self._writer(field.type, details), required))
         return plan
 
     def _writer(self, field_type: GraphQLOutputType, details: Any) -> _Writer:
@@ -98,8 +101,8 @@ class RecordExecutor(StrawberryGraphQLCoreExecutionContext):
 
 def _write(plan: _Plan, source: Any) -> dict[str, Any]:
     answer: dict[str, Any] = {}
-    for response_name, attribute, write, required in plan:
-        value = getattr(source, attribute)
+    for response_name, read, write, required in plan:
+        value = read(source)
         if value is not None:
             answer[response_name] = write(value)
         elif required:
@@ -107,6 +110,18 @@ def _write(plan: _Plan, source: Any) -> dict[str, Any]:
         else:
             answer[response_name] = None
     return answer
+
+
+def _reader(field: StrawberryField | None) -> _Reader:
+    """What reads the field's value: its attribute, or a method that needs nothing but the object."""
+    if field is None:  # of introspection
+        raise _NotPlainError
+    resolver = field.base_resolver
+    if resolver is None:
+        return attrgetter(field.python_name)
+    if field.is_async or field.extensions or list(resolver.signature.parameters) != ["self"]:
+        raise _NotPlainError
+    return cast(_Reader, resolver.wrapped_func)
 
 
 def _constant(text: str) -> _Writer:

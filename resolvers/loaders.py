@@ -62,11 +62,16 @@ class ValuedPositions:
         self._now_ns = now_ns
         self._stale_after_ns = stale_after_ns
         self._sessions = sessions
+        self._valued: dict[str, PositionValuation] = {}
 
     def value(self, symbol: str) -> PositionValuation:
         """Raises KeyError for a symbol that is not held."""
-        held, quote, sessions = self._held[symbol], self._quotes.get(symbol), self._sessions(symbol)
-        return value_position(symbol, held, quote, self.mark.nav, self._now_ns, self._stale_after_ns, sessions)
+        valued = self._valued.get(symbol)
+        if valued is None:
+            held, quote, sessions = self._held[symbol], self._quotes.get(symbol), self._sessions(symbol)
+            valued = value_position(symbol, held, quote, self.mark.nav, self._now_ns, self._stale_after_ns, sessions)
+            self._valued[symbol] = valued
+        return valued
 
 
 class HotLoader:

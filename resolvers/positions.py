@@ -43,38 +43,64 @@ strawberry.enum(PositionSide, description="LONG: quantity above 0. SHORT: quanti
     )
 )
 class Position:
+    held: strawberry.Private[PositionValuation]
     shown: strawberry.Private[ShownPosition]
     asset: Asset = strawberry.field(description="What is held.")
-    side: PositionSide = strawberry.field(description="The sign of the quantity.")
-    quantity: Decimal = strawberry.field(description="Signed quantity: above 0 long, below 0 short.")
-    average_cost: Decimal = strawberry.field(
-        description="costBasis / quantity, per unit, without fees; reducing a position leaves it as it is."
+
+    @resolved("The sign of the quantity.")
+    def side(self) -> PositionSide:
+        return PositionSide.LONG if self.held.quantity > 0 else PositionSide.SHORT
+
+    @resolved("Signed quantity: above 0 long, below 0 short.")
+    def quantity(self) -> Decimal:
+        return self.held.quantity
+
+    @resolved("costBasis / quantity, per unit, without fees; reducing a position leaves it as it is.")
+    def average_cost(self) -> Decimal:
+        return self.held.average_cost
+
+    @resolved(
+        "The last good price, in today's shares: one quoted before a split is divided by the split's ratio. Null "
+        "when there never was one."
     )
-    price: Decimal | None = strawberry.field(
-        description=(
-            "The last good price, in today's shares: one quoted before a split is divided by the split's ratio. Null "
-            "when there never was one."
-        )
-    )
-    price_as_of: datetime | None = strawberry.field(description="When the price was quoted; null without a price.")
-    quality: MarkQuality = strawberry.field(description="How good the price is now, by the asset's class and hours.")
-    cost_basis: Decimal = strawberry.field(description="Σ signed notionals of the open quantity, without fees.")
-    market_value: Decimal = strawberry.field(
-        description="round(quantity × price, 6 decimals); the cost basis as long as there is no price."
-    )
-    unrealized_pnl: Decimal = strawberry.field(description="marketValue − costBasis.")
-    unrealized_pnl_ratio: Decimal | None = strawberry.field(
-        description="unrealizedPnl / |costBasis| as a fraction; null when the cost is 0."
-    )
-    realized_pnl: Decimal = strawberry.field(
-        description="Gross P&L realised by fills of this position since it was last flat."
-    )
-    day_pnl: Decimal = strawberry.field(
-        description="marketValue − value at the day cut − Σ signed notionals traded since the cut."
-    )
-    weight: Decimal | None = strawberry.field(
-        description="marketValue / NAV as a fraction, negative for a short; null when the NAV is 0."
-    )
+    def price(self) -> Decimal | None:
+        return self.held.price
+
+    @resolved("When the price was quoted; null without a price.")
+    def price_as_of(self) -> datetime | None:
+        return None if self.held.price_as_of_ns is None else to_datetime(self.held.price_as_of_ns)
+
+    @resolved("How good the price is now, by the asset's class and hours.")
+    def quality(self) -> MarkQuality:
+        return self.held.quality
+
+    @resolved("Σ signed notionals of the open quantity, without fees.")
+    def cost_basis(self) -> Decimal:
+        return from_micro(self.held.cost)
+
+    @resolved("round(quantity × price, 6 decimals); the cost basis as long as there is no price.")
+    def market_value(self) -> Decimal:
+        return from_micro(self.held.value)
+
+    @resolved("marketValue − costBasis.")
+    def unrealized_pnl(self) -> Decimal:
+        return from_micro(self.held.unrealized)
+
+    @resolved("unrealizedPnl / |costBasis| as a fraction; null when the cost is 0.")
+    def unrealized_pnl_ratio(self) -> Decimal | None:
+        return self.held.unrealized_ratio
+
+    @resolved("Gross P&L realised by fills of this position since it was last flat.")
+    def realized_pnl(self) -> Decimal:
+        return from_micro(self.held.realized)
+
+    @resolved("marketValue − value at the day cut − Σ signed notionals traded since the cut.")
+    def day_pnl(self) -> Decimal:
+        return from_micro(self.held.day_pnl)
+
+    @resolved("marketValue / NAV as a fraction, negative for a short; null when the NAV is 0.")
+    def weight(self) -> Decimal | None:
+        return self.held.weight
 
     @resolved(
         "Which purchases it consists of, first in, first out, oldest first; derived from the ledger. Needs the scope "
@@ -121,21 +147,9 @@ def show_position(context: Context, portfolio_id: str, ledger_sequence: int, hel
     """The position as shown beside a mark of `ledger_sequence`."""
     cycle = HeldCycle(portfolio_id, held.symbol, held.opened_sequence)
     return Position(
+        held=held,
         shown=ShownPosition(cycle, held.quantity, ledger_sequence),
         asset=show_asset(context.services.assets.get(held.symbol)),
-        side=PositionSide.LONG if held.quantity > 0 else PositionSide.SHORT,
-        quantity=held.quantity,
-        average_cost=held.average_cost,
-        price=held.price,
-        price_as_of=None if held.price_as_of_ns is None else to_datetime(held.price_as_of_ns),
-        quality=held.quality,
-        cost_basis=from_micro(held.cost),
-        market_value=from_micro(held.value),
-        unrealized_pnl=from_micro(held.unrealized),
-        unrealized_pnl_ratio=held.unrealized_ratio,
-        realized_pnl=from_micro(held.realized),
-        day_pnl=from_micro(held.day_pnl),
-        weight=held.weight,
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,7 +125,7 @@ def valued_at(quality: MarkQuality, value: int) -> PositionValuation:
     """Worth `value` because of its price alone."""
     hot = HotPosition("1", 0, 0, 0, 5)
     valued = value_position("A", hot, None, 0, 0, 1)
-    return replace(valued, quality=quality, value=value)
+    return msgspec.structs.replace(valued, quality=quality, value=value)
 
 
 def test_shares_are_of_the_value_without_its_sign() -> None:

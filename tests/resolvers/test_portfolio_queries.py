@@ -487,7 +487,9 @@ async def test_answers_are_the_same_with_and_without_the_short_way(
     query = """query($id: String!, $yes: Boolean!) { portfolio(portfolioId: $id) {
         a: valuation { __typename nav @include(if: $yes) cash @skip(if: $yes) ...Rest }
         valuation { ... on Valuation { dayPnlRatio n: nav nav2: nav } }
-        positions(first: 9) { edges { node { asset { s: symbol } price quality } } pageInfo { endCursor } } } }
+        positions(first: 9) { edges { node { asset { s: symbol } side price priceAsOf quality weight dayPnl } }
+            pageInfo { endCursor } }
+        equityCurve(range: DAYS_7) { points { __typename nav quality twrIndex highWaterMark drawdown } } } }
         fragment Rest on Valuation { quality asOf epoch }"""
     short = (await gateway.post(query, {"id": portfolio_id, "yes": True})).json()
     monkeypatch.setattr("resolvers.execution.RecordExecutor._plan", lambda *_: None)
