@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from api.hub import Heard
 from api.outlets import Outlet
-from engine.marks import SEQUENCE_AT, Row
+from engine.marks import SEQUENCE_AT, Row, unpack_row
 from engine.stores.hot_state_reads import Place
 from resolvers.stream_kind import StreamKind
 
@@ -127,6 +127,7 @@ class Group:
         "idle",
         "is_stale",
         "members_count",
+        "packed",
         "place",
         "projection",
         "row",
@@ -143,11 +144,12 @@ class Group:
         self.compares_before = projection.compares_before
         self.shows_latency = projection.shows_latency
         self.epoch = self.sequence = -1
+        self.packed = b""
         self.row: Row = ()
         self.values: Hashable = None
         self.heard: Heard | None = None
         self.current = False
-        self.is_stale = False  # whether `values` are of an older mark: everyone waits, so nobody compared
+        self.is_stale = False  # whether `row` and `values` are of an older mark: everyone waits, so nobody looked
         self.count = 0
         self.members_count = 0
         self.withheld_count = 0
@@ -156,8 +158,7 @@ class Group:
         self.cache: dict[tuple[StreamKind, int, int], bytes] = {}
         self.cache_latency_ms: float | None = None
 
-    def put(self, row: Row, epoch: int, current: bool, heard: Heard | None) -> None:
-        sequence = row[SEQUENCE_AT]
+    def put(self, packed: bytes, epoch: int, sequence: int, current: bool, heard: Heard | None) -> None:
         if epoch > self.epoch or (epoch == self.epoch and sequence > self.sequence):
             self.count += 1
             changed = epoch != self.epoch
@@ -170,11 +171,12 @@ class Group:
                 self._refresh()
                 self._begin()
             return
-        self.row, self.heard = row, heard
+        self.packed, self.heard = packed, heard
         self.current = self.current or current
         if self.cache:
             self.cache.clear()
         if self.idle or self.fresh:
+            row = self.row = unpack_row(packed)
             values = self.projection.values(row)
             self.is_stale = False
             if changed or values != self.values:
@@ -268,6 +270,7 @@ class Group:
 
     def _refresh(self) -> None:
         if self.is_stale:
+            self.row = unpack_row(self.packed)
             self.values, self.is_stale = self.projection.values(self.row), False
 
     def _withhold(self, member: Member, withheld: bool) -> None:

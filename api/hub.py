@@ -7,8 +7,8 @@ order. Quotes are taken in the order of their frames, whatever instant their sou
 share a clock, and the quotes worker has judged their order already. `prices` is written before the frame is
 published, so a read beats all frames that came before it was begun, and a frame that comes meanwhile beats the read.
 
-Marks go to whoever watches their portfolio, as raw rows: to the slot of a stream that graphql-core executes, which
-makes a Mark of one when it is taken, and to the groups of api/delivery.py.
+Marks go to whoever watches their portfolio, as they are packed: to the slot of a stream that graphql-core executes,
+which makes a Mark of one when it is taken, and to the groups of api/delivery.py.
 
 A watch is registered before its first value is read: it is put on the list of what to read (`unread`) when its
 channel is live already, or else when the channel becomes live, so that nothing falls between reading and
@@ -28,11 +28,10 @@ from typing import Protocol
 
 import structlog
 
-from engine.marks import MARK, QUALITIES_COUNT, QUALITY_AT, SEQUENCE_AT, Mark, Row, mark_of, row_of, unpack_row
+from engine.marks import Mark, decode_mark, pack_mark, split_marks
 from engine.messages import Quote
 from engine.stores.hot_state_reads import Place
 
-_MARK_BYTES = MARK.itemsize
 _MS_NS = 1_000_000
 
 _log = structlog.get_logger(__name__)
@@ -60,35 +59,36 @@ class Heard:
 class MarkReceiver(Protocol):
     """Who watches a portfolio's marks."""
 
-    def put(self, row: Row, epoch: int, current: bool, heard: Heard | None) -> None:
-        """Take a mark; `heard` is None for one that was read."""
+    def put(self, packed: bytes, epoch: int, sequence: int, current: bool, heard: Heard | None) -> None:
+        """Take a mark as it is packed; `heard` is None for one that was read. Most are replaced before anybody looks
+        at them."""
 
     def lose(self) -> None:
         """What was put last may not hold any more."""
 
 
 class MarkSlot:
-    __slots__ = ("_count", "_heard", "_order", "_row", "_signal", "_taken", "current")
+    __slots__ = ("_count", "_heard", "_order", "_packed", "_signal", "_taken", "current")
 
     def __init__(self, signal: asyncio.Event) -> None:
         self._signal = signal
         self.current = False
-        self._row: Row | None = None
+        self._packed: bytes | None = None
         self._count = 0
         self._order = (-1, -1)
         self._heard: Heard | None = None
         self._taken: Heard | None = None
 
-    def put(self, row: Row, epoch: int, current: bool, heard: Heard | None) -> None:
-        order = (epoch, row[SEQUENCE_AT])
+    def put(self, packed: bytes, epoch: int, sequence: int, current: bool, heard: Heard | None) -> None:
+        order = (epoch, sequence)
         if order < self._order:
             return
         if order > self._order:
-            self._order, self._row, self._heard = order, row, heard
+            self._order, self._packed, self._heard = order, packed, heard
             self._count += 1
             self._signal.set()
         elif current and not self.current:
-            self._row, self._heard = row, heard
+            self._packed, self._heard = packed, heard
             self._signal.set()
         self.current = self.current or current
 
@@ -96,10 +96,10 @@ class MarkSlot:
         self.current = False
 
     def take(self) -> tuple[Mark, int] | None:
-        if self._row is None:
+        if self._packed is None:
             return None
-        taken = (mark_of(self._row, self._order[0]), self._count)
-        self._row, self._count, self._taken = None, 0, self._heard
+        taken = (decode_mark(self._packed, self._order[0]), self._count)
+        self._packed, self._count, self._taken = None, 0, self._heard
         return taken
 
     def latency_ms(self, now_ns: int) -> float | None:
@@ -335,33 +335,27 @@ class Hub:
         )
 
     def deliver_rows(
-        self, shard: int, epoch: int, ids: list[bytes], packed: memoryview, heard: Heard | None = None
+        self, shard: int, epoch: int, sequence: int, ids: list[bytes], packed: bytes, heard: Heard | None = None
     ) -> None:
         """Give the watched ones of a frame's rows to those who watch them. Raises ValueError for what is no mark."""
         watched = self._marks.get(shard)
         if not watched:
             return
-        offset = 0
-        for key in ids:
-            receivers = watched.get(key)
+        for receivers, mark in zip(map(watched.get, ids), split_marks(packed), strict=True):
             if receivers is not None:
-                row = unpack_row(packed, offset)
-                if not 0 <= row[QUALITY_AT] < QUALITIES_COUNT:
-                    raise ValueError("a mark's quality is none")
                 for receiver in receivers:
                     try:
-                        receiver.put(row, epoch, True, heard)
+                        receiver.put(mark, epoch, sequence, True, heard)
                     except Exception:  # a defect of one is not to silence the others
                         _log.exception("receiver_failed", shard=shard)
-            offset += _MARK_BYTES
 
     def deliver_mark(self, place: Place, mark: Mark) -> None:
         """Give a mark that was read to those who watch it; of a shard not heard, it is the last one known."""
         current = place[0] in self._live_shards and place[0] not in self._silent_shards
-        row = row_of(mark)
+        packed = pack_mark(mark)
         for receiver in self._marks.get(place[0], {}).get(place[1].encode(), ()):
             try:
-                receiver.put(row, mark.epoch, current, None)
+                receiver.put(packed, mark.epoch, mark.sequence, current, None)
             except Exception:
                 _log.exception("receiver_failed", shard=place[0])
 

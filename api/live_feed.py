@@ -246,7 +246,7 @@ class LiveFeed:
             heard = Heard(time.time_ns(), header.oldest_event_ns if self._in_wall_time else 0)
             self._metrics.observe_heard(heard.heard_ns, header.sent_at_ns)
             for ids, packed in groups:
-                self._hub.deliver_rows(header.shard, header.epoch, ids, packed, heard)
+                self._hub.deliver_rows(header.shard, header.epoch, header.sequence, ids, packed, heard)
         except (ValueError, struct.error):
             self._metrics.frames_dropped.labels("marks").inc()
 

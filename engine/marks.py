@@ -13,7 +13,7 @@ Sums since the opening say why NAV moved between two marks (engine.explain): `re
 `sequence` grows with every flush of the shard within an `epoch`, which grows with every change of the shard's
 owner: (epoch, sequence) orders all marks of a portfolio. `ledger_sequence` counts the ledger entries included.
 
-Frame layout (little-endian), one per shard and flush:
+Frame layout (little-endian), one per shard and flush, whose marks all have the header's sequence:
 
     FrameHeader | for each id length: u16 id_length, u16 0, u32 count, count × id, count × MARK
 
@@ -97,6 +97,7 @@ class Mark:
 
 
 _MARK_STRUCT = struct.Struct("<18q")
+_PACKED = np.dtype((np.void, MARK.itemsize))
 assert _MARK_STRUCT.size == MARK.itemsize and MARK.names is not None
 _RATIO_AT = MARK.names.index("day_pnl_ratio_e12")
 
@@ -129,11 +130,22 @@ def mark_of(row: Row, epoch: int) -> Mark:
     return Mark(*fields)
 
 
-def row_of(mark: Mark) -> Row:
-    """The fields of a mark as they are packed: the inverse of `mark_of`."""
+def pack_mark(mark: Mark) -> bytes:
+    """The inverse of `decode_mark`."""
     fields = [getattr(mark, name) for name in MARK.names or ()]
     fields[_RATIO_AT] = UNKNOWN if mark.day_pnl_ratio_e12 is None else mark.day_pnl_ratio_e12
-    return tuple(map(int, fields))
+    return _MARK_STRUCT.pack(*fields)
+
+
+def split_marks(packed: bytes) -> list[bytes]:
+    """Packed marks, one by one. Raises ValueError where one of them has a quality that is none."""
+    if not packed:
+        return []
+    # As unsigned ones, negative numbers are large.
+    if np.frombuffer(packed, MARK)["quality"].view("<u8").max() >= QUALITIES_COUNT:
+        raise ValueError("a mark's quality is none")
+    marks: list[bytes] = np.frombuffer(packed, _PACKED).tolist()
+    return marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +192,7 @@ def encode_frame(header: FrameHeader, groups: Iterable[tuple[int, bytes, bytes]]
     return b"".join(frame_parts(header, groups))
 
 
-def decode_frame(data: bytes) -> tuple[FrameHeader, Iterator[tuple[list[bytes], memoryview]]]:
+def decode_frame(data: bytes) -> tuple[FrameHeader, Iterator[tuple[list[bytes], bytes]]]:
     """Read a frame: its header, and for each group the portfolio ids (bytes) and the packed marks in that order.
 
     Raises ValueError when the bytes are not a frame.
@@ -191,8 +203,8 @@ def decode_frame(data: bytes) -> tuple[FrameHeader, Iterator[tuple[list[bytes], 
     return FrameHeader(shard, *rest), _groups(data)
 
 
-def _groups(data: bytes) -> Iterator[tuple[list[bytes], memoryview]]:
-    view, offset = memoryview(data), _HEADER.size
+def _groups(data: bytes) -> Iterator[tuple[list[bytes], bytes]]:
+    offset = _HEADER.size
     while offset < len(data):
         ids_at = offset + _GROUP.size
         if ids_at > len(data):
@@ -203,4 +215,4 @@ def _groups(data: bytes) -> Iterator[tuple[list[bytes], memoryview]]:
         if offset > len(data) or not id_length:
             raise ValueError("a marks frame is cut short")
         ids = [data[at : at + id_length] for at in range(ids_at, marks_at, id_length)]
-        yield ids, view[marks_at:offset]
+        yield ids, data[marks_at:offset]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from api.projection import Projection, compile_projection
 from engine.amounts import from_micro, plain, scaled_text
-from engine.marks import MARK, UNKNOWN, Mark, MarkQuality, Row, mark_of, row_of
+from engine.marks import MARK, UNKNOWN, Mark, MarkQuality, Row, mark_of, pack_mark, unpack_row
 from engine.runtime.settings import Settings
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context, Info
@@ -438,5 +438,5 @@ def test_amounts_and_ratios_as_text_are_those_of_decimals(number: int) -> None:
 @given(rows())
 def test_a_row_is_its_mark(row: Row) -> None:
     mark = mark_of(row, 3)
-    assert row_of(mark) == row
-    assert row_of(replace(mark, epoch=4)) == row
+    assert unpack_row(pack_mark(mark)) == row
+    assert unpack_row(pack_mark(replace(mark, epoch=4))) == row

@@ -158,7 +158,7 @@ class TwoWays:
             return
         self.hub.shard_heard(SHARD, True)
         self.hub.deliver_rows(
-            SHARD, epoch, [b"other", PORTFOLIO_ID.encode()], memoryview(MarkRow().pack() + row.pack())
+            SHARD, epoch, row.sequence, [b"other", PORTFOLIO_ID.encode()], MarkRow().pack() + row.pack()
         )
 
     def block(self) -> None:
