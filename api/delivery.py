@@ -24,7 +24,8 @@ from typing import cast
 import structlog
 
 from api.groups import Group, Member, Projection, State
-from api.hub import Heard, Hub
+from api.heard import Heard
+from api.hub import Hub
 from api.metrics import Metrics
 from api.outlets import Outlet
 from api.wheel import Wheel
@@ -79,8 +80,7 @@ class Deliveries:
         if group is None:
             group = self._begin_group(place, projection)
         member = Member(group, outlet, prefix, interval_s, self.now_s())
-        group.fresh.append(member)
-        group.members_count += 1
+        group.begin(member)
         self._hub.begin_watch(place)
         return member
 
@@ -102,8 +102,7 @@ class Deliveries:
     def _begin_group(self, place: Place, projection: Projection) -> Group:
         known, groups_count = self._projections.get(projection.key, (projection, 0))
         self._projections[known.key] = (known, groups_count + 1)
-        group = self._groups[place, known.key] = Group(self, place, known)
-        self._hub.add_receiver(place, group)
+        group = self._groups[place, known.key] = Group(self, self._hub, place, known)
         return group
 
     def _end_group(self, group: Group) -> None:

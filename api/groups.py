@@ -9,10 +9,11 @@ It is exactly what resolvers/streams.py says, which does the same for whatever c
     heartbeat  `heartbeat_s` after the last message, when the group's mark still holds; where it does not the heartbeat
                is withheld, and the first mark that holds again is sent even if nothing selected changed
 
-The group keeps the newest mark and counts those it took; a member remembers the count at its last message, so that
-`conflated` is a difference and a mark costs nothing for those who wait. A mark is encoded once for all that are sent it
-with the same kind, `conflated`, mark before and latency. Whoever comes when the process knows a newer mark than the one
-that is read for it is shown the newer.
+The newest mark of the portfolio and how many there were are in its cell (api/shard_marks.py), where the group looks
+when it has something to send; a member remembers the count at its last message, so that `conflated` is a difference and
+a mark costs nothing for those who wait. A mark is encoded once for all that are sent it with the same kind,
+`conflated`, mark before and latency. Whoever comes when the process knows a newer mark than the one that is read for it
+is shown the newer.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from collections.abc import Hashable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
-from api.hub import Heard
+from api.heard import Heard
 from api.outlets import Outlet
-from engine.marks import SEQUENCE_AT, Row, unpack_row
+from engine.marks import SEQUENCE_AT, Row
 from engine.stores.hot_state_reads import Place
 from resolvers.stream_kind import StreamKind
 
 if TYPE_CHECKING:
     from api.delivery import Deliveries
+    from api.hub import Hub
 
 _SNAPSHOT, _UPDATE, _RESET, _HEARTBEAT = StreamKind.SNAPSHOT, StreamKind.UPDATE, StreamKind.RESET, StreamKind.HEARTBEAT
 
@@ -112,85 +114,81 @@ class Member:
 
 
 class Group:
-    """The members that show the same of one portfolio, and the newest mark; the hub puts the marks."""
+    """The members that show the same of one portfolio. `row`, `epoch`, `heard` and `values` are of the mark that it
+    looked at last, the one that made the cell's `count`."""
 
     __slots__ = (
         "cache",
         "cache_latency_ms",
+        "cell",
         "compares_before",
         "count",
-        "current",
         "deliveries",
         "epoch",
         "fresh",
         "heard",
         "idle",
-        "is_stale",
         "members_count",
-        "packed",
         "place",
         "projection",
         "row",
-        "sequence",
         "shows_latency",
         "values",
         "withheld_count",
     )
 
-    def __init__(self, deliveries: Deliveries, place: Place, projection: Projection) -> None:
+    def __init__(self, deliveries: Deliveries, hub: Hub, place: Place, projection: Projection) -> None:
         self.deliveries = deliveries
         self.place = place
         self.projection = projection
         self.compares_before = projection.compares_before
         self.shows_latency = projection.shows_latency
-        self.epoch = self.sequence = -1
-        self.packed = b""
+        self.epoch = self.count = -1
         self.row: Row = ()
         self.values: Hashable = None
         self.heard: Heard | None = None
-        self.current = False
-        self.is_stale = False  # whether `row` and `values` are of an older mark: everyone waits, so nobody looked
-        self.count = 0
         self.members_count = 0
         self.withheld_count = 0
         self.fresh: list[Member] = []
         self.idle: list[Member] = []
         self.cache: dict[tuple[StreamKind, int, int], bytes] = {}
         self.cache_latency_ms: float | None = None
+        self.cell = hub.add_receiver(place, self)
 
-    def put(self, packed: bytes, epoch: int, sequence: int, current: bool, heard: Heard | None) -> None:
-        if epoch > self.epoch or (epoch == self.epoch and sequence > self.sequence):
-            self.count += 1
-            changed = epoch != self.epoch
-            self.epoch, self.sequence = epoch, sequence
-        elif epoch == self.epoch and sequence == self.sequence and current and not self.current:
-            changed = False
-        else:
-            # Older, or the same again. Whoever has seen nothing yet is shown what is known.
-            if self.fresh:
-                self._refresh()
-                self._begin()
-            return
-        self.packed, self.heard = packed, heard
-        self.current = self.current or current
+    @property
+    def current(self) -> bool:
+        return self.cell.current
+
+    @property
+    def eager(self) -> bool:
+        return bool(self.idle or self.fresh)
+
+    def news(self, resumed: bool) -> None:
+        if self._look():
+            self._offer()
+        elif self.withheld_count and self.current:
+            self._resume()
+        if self.fresh:
+            self._begin()
+
+    def _look(self) -> bool:
+        """Look at the newest mark. Whether something selected changed, or the owner; not when it was known."""
+        cell, count = self.cell, self.cell.count
+        if count == self.count:
+            return False
+        row, epoch = cell.row, cell.epoch
+        values = self.projection.values(row)
+        changed = values != self.values or epoch != self.epoch
+        self.count, self.row, self.epoch, self.heard, self.values = count, row, epoch, cell.heard, values
         if self.cache:
             self.cache.clear()
-        if self.idle or self.fresh:
-            row = self.row = unpack_row(packed)
-            values = self.projection.values(row)
-            self.is_stale = False
-            if changed or values != self.values:
-                self.values = values
-                self._offer()
-            elif self.withheld_count and self.current:
-                self._resume()
-            if self.fresh:
-                self._begin()
-        else:
-            self.is_stale = True
+        return changed
 
-    def lose(self) -> None:
-        self.current = False
+    def begin(self, member: Member) -> None:
+        """One more member, which is to see the next mark."""
+        self.fresh.append(member)
+        self.members_count += 1
+        self.cell.tell()
 
     def _begin(self) -> None:
         """What is put now is the first mark of those who are fresh."""
@@ -228,7 +226,7 @@ class Group:
 
     def take(self, member: Member, now_s: float) -> None:
         """A pending member's interval is over and its socket is writable."""
-        self._refresh()
+        self._look()
         resumed = member.withheld and self.current
         if member.epoch == self.epoch and member.shown == self.values and not resumed:
             self._rest(member)
@@ -254,6 +252,7 @@ class Group:
     def _rest(self, member: Member) -> None:
         member.state = State.IDLE
         self.idle.append(member)
+        self.cell.tell()
         if member.beat_tick < 0:
             member.beat_tick = self.deliveries.schedule_beat(member)
 
@@ -267,11 +266,6 @@ class Group:
             self._withhold(member, True)
         member.beat_s = now_s
         member.beat_tick = self.deliveries.schedule_beat(member)
-
-    def _refresh(self) -> None:
-        if self.is_stale:
-            self.row = unpack_row(self.packed)
-            self.values, self.is_stale = self.projection.values(self.row), False
 
     def _withhold(self, member: Member, withheld: bool) -> None:
         self.withheld_count += withheld - member.withheld

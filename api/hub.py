@@ -7,8 +7,8 @@ order. Quotes are taken in the order of their frames, whatever instant their sou
 share a clock, and the quotes worker has judged their order already. `prices` is written before the frame is
 published, so a read beats all frames that came before it was begun, and a frame that comes meanwhile beats the read.
 
-Marks go to whoever watches their portfolio, as they are packed: to the slot of a stream that graphql-core executes,
-which makes a Mark of one when it is taken, and to the groups of api/delivery.py.
+Marks wait in the columns of their shard (api/shard_marks.py) for whoever watches their portfolio: the slot of a stream
+that graphql-core executes, which makes a Mark of one when it is taken, and the groups of api/delivery.py.
 
 A watch is registered before its first value is read: it is put on the list of what to read (`unread`) when its
 channel is live already, or else when the channel becomes live, so that nothing falls between reading and
@@ -22,88 +22,55 @@ signalled also when the value is still the same: that it holds is news then.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import structlog
 
-from engine.marks import Mark, decode_mark, pack_mark, split_marks
+from api.heard import Heard
+from api.shard_marks import MarkCell, MarkReceiver, ShardMarks
+from engine.marks import Mark, mark_of, pack_mark
 from engine.messages import Quote
 from engine.stores.hot_state_reads import Place
-
-_MS_NS = 1_000_000
 
 _log = structlog.get_logger(__name__)
 
 
-class Heard:
-    """A frame that was heard: when, and how old what it says is. Nanoseconds of wall time; 0 where there is none.
-
-    `event_ns` is the instant of the oldest quote behind the frame's marks, where that is wall time: a recorded market's
-    is not. `written_count` is for who counts what of the frame was written since it last looked.
-    """
-
-    __slots__ = ("event_ns", "heard_ns", "written_count")
-
-    def __init__(self, heard_ns: int, event_ns: int) -> None:
-        self.heard_ns = heard_ns
-        self.event_ns = event_ns
-        self.written_count = 0
-
-    def latency_ms(self, now_ns: int) -> float | None:
-        """How long ago its oldest quote was; None when no quote moved its marks."""
-        return round((now_ns - self.event_ns) / _MS_NS, 3) if self.event_ns else None
-
-
-class MarkReceiver(Protocol):
-    """Who watches a portfolio's marks."""
-
-    def put(self, packed: bytes, epoch: int, sequence: int, current: bool, heard: Heard | None) -> None:
-        """Take a mark as it is packed; `heard` is None for one that was read. Most are replaced before anybody looks
-        at them."""
-
-    def lose(self) -> None:
-        """What was put last may not hold any more."""
-
-
 class MarkSlot:
-    __slots__ = ("_count", "_heard", "_order", "_packed", "_signal", "_taken", "current")
+    """The slot of a stream that graphql-core executes. `signal` is set when there is something to take."""
 
-    def __init__(self, signal: asyncio.Event) -> None:
+    __slots__ = ("_cell", "_heard", "_is_due", "_signal", "_taken_count")
+
+    eager = True
+
+    def __init__(self, marks: ShardMarks, portfolio_id: bytes, signal: asyncio.Event) -> None:
+        self._cell = marks.add(portfolio_id, self)
         self._signal = signal
-        self.current = False
-        self._packed: bytes | None = None
-        self._count = 0
-        self._order = (-1, -1)
+        self._taken_count = -1  # before the first mark
+        self._is_due = False
         self._heard: Heard | None = None
-        self._taken: Heard | None = None
 
-    def put(self, packed: bytes, epoch: int, sequence: int, current: bool, heard: Heard | None) -> None:
-        order = (epoch, sequence)
-        if order < self._order:
-            return
-        if order > self._order:
-            self._order, self._packed, self._heard = order, packed, heard
-            self._count += 1
-            self._signal.set()
-        elif current and not self.current:
-            self._packed, self._heard = packed, heard
-            self._signal.set()
-        self.current = self.current or current
+    @property
+    def current(self) -> bool:
+        return self._cell.current
 
-    def lose(self) -> None:
-        self.current = False
+    def news(self, resumed: bool) -> None:
+        count = self._cell.count
+        if self._taken_count < 0:
+            self._taken_count = count - 1
+        if count > self._taken_count or resumed:
+            self._is_due = True
+            self._signal.set()
 
     def take(self) -> tuple[Mark, int] | None:
-        if self._packed is None:
+        if not self._is_due:
             return None
-        taken = (decode_mark(self._packed, self._order[0]), self._count)
-        self._packed, self._count, self._taken = None, 0, self._heard
-        return taken
+        cell, before = self._cell, self._taken_count
+        self._is_due, self._taken_count, self._heard = False, cell.count, cell.heard
+        return mark_of(cell.row, cell.epoch), self._taken_count - before
 
     def latency_ms(self, now_ns: int) -> float | None:
-        return None if self._taken is None else self._taken.latency_ms(now_ns)
+        return None if self._heard is None else self._heard.latency_ms(now_ns)
 
 
 class QuoteSlot:
@@ -176,7 +143,7 @@ class Hub:
     """Watches by place and by symbol, and what of it is to be read. `unread_signal` is set when there is some."""
 
     def __init__(self) -> None:
-        self._marks: dict[int, dict[bytes, list[MarkReceiver]]] = {}
+        self._marks: dict[int, ShardMarks] = {}
         self._quotes: dict[str, list[QuoteSlot]] = {}
         self._badges: dict[str, list[asyncio.Event]] = {}
         self._live_shards: set[int] = set()
@@ -192,8 +159,7 @@ class Hub:
 
     @contextmanager
     def watch_portfolio(self, shard: int, portfolio_id: str, signal: asyncio.Event) -> Iterator[MarkSlot]:
-        slot = MarkSlot(signal)
-        self.add_receiver((shard, portfolio_id), slot)
+        slot = MarkSlot(self._shard_marks(shard), portfolio_id.encode(), signal)
         self.begin_watch((shard, portfolio_id))
         try:
             yield slot
@@ -201,14 +167,19 @@ class Hub:
             self.drop_receiver((shard, portfolio_id), slot)
             self.end_watch()
 
-    def add_receiver(self, place: Place, receiver: MarkReceiver) -> None:
-        self._marks.setdefault(place[0], {}).setdefault(place[1].encode(), []).append(receiver)
+    def add_receiver(self, place: Place, receiver: MarkReceiver) -> MarkCell:
+        return self._shard_marks(place[0]).add(place[1].encode(), receiver)
 
     def drop_receiver(self, place: Place, receiver: MarkReceiver) -> None:
-        watched = self._marks[place[0]]
-        _remove(watched, place[1].encode(), receiver)
-        if not watched:
+        marks = self._marks[place[0]]
+        marks.drop(place[1].encode(), receiver)
+        if not marks:
             del self._marks[place[0]]
+
+    def _shard_marks(self, shard: int) -> ShardMarks:
+        if shard not in self._marks:
+            self._marks[shard] = ShardMarks()
+        return self._marks[shard]
 
     def begin_watch(self, place: Place) -> None:
         """One more watches by a receiver of this place, and is to be told its newest mark."""
@@ -260,7 +231,7 @@ class Hub:
 
     def watched(self, shard: int) -> Collection[bytes]:
         """The portfolios of a shard that somebody watches; a view. `watch_signal` is set whenever it may change."""
-        return self._marks.get(shard, {}).keys()
+        return self._marks[shard].portfolio_ids() if shard in self._marks else ()
 
     def watches_quotes(self) -> bool:
         return bool(self._quotes)
@@ -309,7 +280,7 @@ class Hub:
         self._quotes_silent = not heard
 
     def reread_shard(self, shard: int) -> None:
-        self._unread(((shard, key.decode()) for key in self._marks.get(shard, ())), ())
+        self._unread(((shard, key.decode()) for key in self.watched(shard)), ())
 
     def miss_shard(self, shard: int) -> None:
         """Frames of the shard were lost: nothing on it is current until it is read, or comes in a frame."""
@@ -335,29 +306,33 @@ class Hub:
         )
 
     def deliver_rows(
-        self, shard: int, epoch: int, sequence: int, ids: list[bytes], packed: bytes, heard: Heard | None = None
+        self, shard: int, epoch: int, portfolio_ids: Sequence[bytes], packed: bytes, heard: Heard | None = None
     ) -> None:
-        """Give the watched ones of a frame's rows to those who watch them. Raises ValueError for what is no mark."""
-        watched = self._marks.get(shard)
-        if not watched:
-            return
-        for receivers, mark in zip(map(watched.get, ids), split_marks(packed), strict=True):
-            if receivers is not None:
-                for receiver in receivers:
-                    try:
-                        receiver.put(mark, epoch, sequence, True, heard)
-                    except Exception:  # a defect of one is not to silence the others
-                        _log.exception("receiver_failed", shard=shard)
+        """Take the watched ones of a frame's marks. Raises ValueError for what is no mark."""
+        marks = self._marks.get(shard)
+        if marks is not None:
+            self._tell(marks, marks.take(epoch, portfolio_ids, packed, heard, True))
 
-    def deliver_mark(self, place: Place, mark: Mark) -> None:
-        """Give a mark that was read to those who watch it; of a shard not heard, it is the last one known."""
-        current = place[0] in self._live_shards and place[0] not in self._silent_shards
-        packed = pack_mark(mark)
-        for receiver in self._marks.get(place[0], {}).get(place[1].encode(), ()):
-            try:
-                receiver.put(packed, mark.epoch, mark.sequence, current, None)
-            except Exception:
-                _log.exception("receiver_failed", shard=place[0])
+    def deliver_marks(self, found: Iterable[tuple[Place, Mark]]) -> None:
+        """Take the watched ones of marks that were read; of a shard not heard, they are the last ones known."""
+        owned: dict[tuple[int, int], list[tuple[bytes, bytes]]] = {}
+        for (shard, portfolio_id), mark in found:
+            owned.setdefault((shard, mark.epoch), []).append((portfolio_id.encode(), pack_mark(mark)))
+        for (shard, epoch), read in owned.items():
+            marks = self._marks.get(shard)
+            if marks is not None:
+                current = shard in self._live_shards and shard not in self._silent_shards
+                ids, packed = zip(*read, strict=True)
+                self._tell(marks, marks.take(epoch, ids, b"".join(packed), None, current))
+
+    def _tell(self, marks: ShardMarks, cells: Iterable[tuple[int, bool]]) -> None:
+        for cell, resumed in cells:
+            for receiver in marks.receivers[cell]:
+                try:
+                    receiver.news(resumed)
+                except Exception:  # a defect of one is not to silence the others
+                    _log.exception("receiver_failed")
+            marks.told(cell)
 
     def deliver_quotes(self, quotes: Iterable[Quote]) -> None:
         for quote in quotes:
@@ -372,9 +347,8 @@ class Hub:
             slot.fill(quotes, self._reading, current)
 
     def _lose_shard(self, shard: int) -> None:
-        for receivers in self._marks.get(shard, {}).values():
-            for receiver in receivers:
-                receiver.lose()
+        if shard in self._marks:
+            self._marks[shard].lose()
 
     def _lose_quotes(self) -> None:
         for slots in self._quotes.values():
@@ -382,7 +356,7 @@ class Hub:
                 slot.lose()
 
     def _watched(self, shard: int, key: bytes) -> bool:
-        return key in self._marks.get(shard, ())
+        return key in self.watched(shard)
 
     def _unread(self, places: Iterable[Place], symbols: Iterable[str]) -> None:
         self._unread_places.update(places)

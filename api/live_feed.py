@@ -32,7 +32,8 @@ from dataclasses import dataclass
 import msgspec
 from redis.exceptions import RedisError
 
-from api.hub import Heard, Hub
+from api.heard import Heard
+from api.hub import Hub
 from api.metrics import Metrics
 from engine.marks import decode_frame
 from engine.messages import quote_frame_decoder
@@ -246,7 +247,7 @@ class LiveFeed:
             heard = Heard(time.time_ns(), header.oldest_event_ns if self._in_wall_time else 0)
             self._metrics.observe_heard(heard.heard_ns, header.sent_at_ns)
             for ids, packed in groups:
-                self._hub.deliver_rows(header.shard, header.epoch, header.sequence, ids, packed, heard)
+                self._hub.deliver_rows(header.shard, header.epoch, ids, packed, heard)
         except (ValueError, struct.error):
             self._metrics.frames_dropped.labels("marks").inc()
 
@@ -307,8 +308,6 @@ class LiveFeed:
         except _AWAY:
             return False
         self._metrics.rereads.inc(len(places) + len(symbols))
-        for place, mark in found.marks.items():
-            if mark is not None:
-                self._hub.deliver_mark(place, mark)
+        self._hub.deliver_marks((place, mark) for place, mark in found.marks.items() if mark is not None)
         self._hub.fill_quotes(symbols, found.quotes)
         return True

@@ -13,7 +13,7 @@ Sums since the opening say why NAV moved between two marks (engine.explain): `re
 `sequence` grows with every flush of the shard within an `epoch`, which grows with every change of the shard's
 owner: (epoch, sequence) orders all marks of a portfolio. `ledger_sequence` counts the ledger entries included.
 
-Frame layout (little-endian), one per shard and flush, whose marks all have the header's sequence:
+Frame layout (little-endian), one per shard and flush:
 
     FrameHeader | for each id length: u16 id_length, u16 0, u32 count, count × id, count × MARK
 
@@ -97,7 +97,6 @@ class Mark:
 
 
 _MARK_STRUCT = struct.Struct("<18q")
-_PACKED = np.dtype((np.void, MARK.itemsize))
 assert _MARK_STRUCT.size == MARK.itemsize and MARK.names is not None
 _RATIO_AT = MARK.names.index("day_pnl_ratio_e12")
 
@@ -135,17 +134,6 @@ def pack_mark(mark: Mark) -> bytes:
     fields = [getattr(mark, name) for name in MARK.names or ()]
     fields[_RATIO_AT] = UNKNOWN if mark.day_pnl_ratio_e12 is None else mark.day_pnl_ratio_e12
     return _MARK_STRUCT.pack(*fields)
-
-
-def split_marks(packed: bytes) -> list[bytes]:
-    """Packed marks, one by one. Raises ValueError where one of them has a quality that is none."""
-    if not packed:
-        return []
-    # As unsigned ones, negative numbers are large.
-    if np.frombuffer(packed, MARK)["quality"].view("<u8").max() >= QUALITIES_COUNT:
-        raise ValueError("a mark's quality is none")
-    marks: list[bytes] = np.frombuffer(packed, _PACKED).tolist()
-    return marks
 
 
 @dataclass(frozen=True, slots=True)

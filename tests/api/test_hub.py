@@ -22,7 +22,7 @@ async def test_marks_conflate_and_never_go_back() -> None:
     with hub.watch_portfolio(0, "p", signal) as slot:
         assert slot.take() is None
         for epoch, sequence in ((1, 5), (1, 4), (1, 6), (1, 6), (2, 1), (1, 99)):
-            hub.deliver_mark((0, "p"), replace(MARK, epoch=epoch, sequence=sequence))
+            hub.deliver_marks([((0, "p"), replace(MARK, epoch=epoch, sequence=sequence))])
         assert signal.is_set()
         taken = slot.take()
         assert taken == (replace(MARK, epoch=2, sequence=1), 3)
@@ -96,26 +96,26 @@ async def test_a_frame_beats_the_read_that_it_overtook_and_no_later_one() -> Non
 async def test_a_slot_is_current_while_its_channel_is_live_and_heard() -> None:
     hub, signal = Hub(), asyncio.Event()
     with hub.watch_portfolio(0, "p", signal) as slot:
-        hub.deliver_mark((0, "p"), MARK)
+        hub.deliver_marks([((0, "p"), MARK)])
         assert slot.take() == (MARK, 1) and not slot.current
         hub.shard_live(0, True)
-        hub.deliver_mark((0, "p"), MARK)
+        hub.deliver_marks([((0, "p"), MARK)])
         assert slot.take() == (MARK, 0) and slot.current
-        hub.deliver_mark((0, "p"), MARK)
+        hub.deliver_marks([((0, "p"), MARK)])
         assert slot.take() is None
         hub.shard_live(0, False)
         assert not slot.current
         hub.shard_live(0, True)
         hub.shard_heard(0, False)
-        hub.deliver_mark((0, "p"), MARK)
+        hub.deliver_marks([((0, "p"), MARK)])
         assert slot.take() is None and not slot.current
         hub.take_unread()
         hub.shard_heard(0, True)
         assert hub.take_unread() == ({(0, "p")}, set())
         # What a Redis restored from an old copy says is not what was shown.
-        hub.deliver_mark((0, "p"), replace(MARK, sequence=0))
+        hub.deliver_marks([((0, "p"), replace(MARK, sequence=0))])
         assert slot.take() is None and not slot.current
-        hub.deliver_mark((0, "p"), MARK)
+        hub.deliver_marks([((0, "p"), MARK)])
         assert slot.take() == (MARK, 0) and slot.current
 
 
@@ -124,5 +124,5 @@ async def test_nothing_is_left_behind() -> None:
     with hub.watch_portfolio(0, "p", signal), hub.watch_portfolio(0, "p", signal), hub.watch_quotes(["A"], signal):
         assert (hub.shards(), hub.watches_quotes(), hub.watches_count) == ({0}, True, 3)
     assert (hub.shards(), hub.watches_quotes(), hub.watches_count) == (set(), False, 0)
-    hub.deliver_mark((0, "p"), MARK)
+    hub.deliver_marks([((0, "p"), MARK)])
     hub.deliver_quotes([quote("A")])

@@ -7,7 +7,7 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.hub import Heard
+from api.heard import Heard
 from engine.marks import FrameHeader, encode_frame
 from tests.builders import MICRO, MarkRow
 from tests.gateway import Gateway, Stream

@@ -140,7 +140,7 @@ class TwoWays:
 
     def read(self) -> None:
         """What is read from Redis: the newest mark."""
-        self.hub.deliver_mark(PLACE, decode_mark(self.row.pack(), self.epoch))
+        self.hub.deliver_marks([(PLACE, decode_mark(self.row.pack(), self.epoch))])
 
     def lost_frame(self) -> None:
         """A flush whose frame nobody heard."""
@@ -157,9 +157,7 @@ class TwoWays:
         if SHARD not in self.hub._live_shards:
             return
         self.hub.shard_heard(SHARD, True)
-        self.hub.deliver_rows(
-            SHARD, epoch, row.sequence, [b"other", PORTFOLIO_ID.encode()], MarkRow().pack() + row.pack()
-        )
+        self.hub.deliver_rows(SHARD, epoch, [b"other", PORTFOLIO_ID.encode()], MarkRow().pack() + row.pack())
 
     def block(self) -> None:
         """Every client's next message is its last for now."""
