@@ -143,6 +143,8 @@ class Application:
 
     async def _connect_postgres(self) -> None:
         await wait_until("postgres", lambda: self.database.connect(self.settings), self.stop)
+        with suppress(*AWAY):
+            await self.services.portfolios.fill()
         while True:
             with suppress(*AWAY):
                 await self.services.assets.refresh()

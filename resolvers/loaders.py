@@ -34,7 +34,7 @@ CATALOGUE_REFRESH_INTERVAL_S = 4  # a reclassified asset shows this late at most
 CATALOGUE_MISS_INTERVAL_S = 1  # unknown symbols are looked up together, and no oftener than this
 CATALOGUE_COUNT_MAX = 20_000
 DIRECTORY_COUNT_MAX = 50_000
-DIRECTORY_LIFETIME_S = 60
+DIRECTORY_PAGE_COUNT = 2_000
 # A portfolio opened through this process a moment ago may not be booked yet: how long a write to it waits.
 BOOKING_WAIT_S = 5
 BOOKING_POLL_INTERVAL_MS = 50
@@ -220,18 +220,30 @@ class AssetCatalogue:
 
 
 class PortfolioDirectory:
-    """Portfolio identities, remembered for DIRECTORY_LIFETIME_S; what is not found is asked for every time."""
+    """Portfolio identities, which never change: DIRECTORY_COUNT_MAX of them are remembered, others asked for."""
 
     def __init__(self, ledger: LedgerReads) -> None:
         self._ledger = ledger
-        self._known: OrderedDict[str, tuple[float, PortfolioIdentity]] = OrderedDict()
+        self._known: OrderedDict[str, PortfolioIdentity] = OrderedDict()
         self._expected: OrderedDict[str, None] = OrderedDict()
 
+    async def fill(self) -> None:
+        """Remember as many as there is room for, before anybody asks. Raises what asyncpg raises when PostgreSQL is
+        away."""
+        after = ""
+        while len(self._known) <= DIRECTORY_COUNT_MAX - DIRECTORY_PAGE_COUNT:
+            page = await self._ledger.portfolios(None, DIRECTORY_PAGE_COUNT, after)
+            for identity in page:
+                self.remember(identity)
+            if len(page) < DIRECTORY_PAGE_COUNT:
+                return
+            after = page[-1].portfolio_id
+
     async def find(self, portfolio_id: str) -> PortfolioIdentity | None:
-        now_s = time.monotonic()
         known = self._known.get(portfolio_id)
-        if known is not None and now_s - known[0] < DIRECTORY_LIFETIME_S:
-            return known[1]
+        if known is not None:
+            self._known.move_to_end(portfolio_id)
+            return known
         # A text with NUL is no identifier, and PostgreSQL refuses to even compare it.
         identity = None if "\0" in portfolio_id else await self._ledger.portfolio(portfolio_id)
         if identity is not None:
@@ -258,7 +270,7 @@ class PortfolioDirectory:
         return identity
 
     def remember(self, identity: PortfolioIdentity) -> None:
-        self._known[identity.portfolio_id] = (time.monotonic(), identity)
+        self._known[identity.portfolio_id] = identity
         self._known.move_to_end(identity.portfolio_id)
         if len(self._known) > DIRECTORY_COUNT_MAX:
             self._known.popitem(last=False)

@@ -14,12 +14,12 @@ cash and counters do change and are not part of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 import asyncpg
+import msgspec
 
 from engine.amounts import to_micro
 from engine.assets import AssetClass
@@ -35,8 +35,9 @@ from engine.stores.ledger_selection import EVERYTHING, LedgerSelection, conditio
 PoolSource = Callable[[], asyncpg.Pool]
 
 
-@dataclass(frozen=True, slots=True)
-class PortfolioIdentity:
+class PortfolioIdentity(msgspec.Struct, frozen=True, gc=False):
+    """Whose a portfolio is and where; set when it is opened, and never changed."""
+
     portfolio_id: str
     shard: int
     owner: str
