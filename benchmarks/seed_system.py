@@ -3,12 +3,16 @@
 Every subscription asks for 4 messages a second. Two ages are measured at the client: of the mark (`asOf` until the
 client has it) and of the news (`ts_event` of the oldest quote behind the mark's flush until the message was written,
 which it says itself as `latencyMs`); quotes of one asset within one flush window are conflated, and so are marks within
-a subscription's interval. Dashboard queries go over HTTP meanwhile, one after another, to random portfolios.
+a subscription's interval. A message shows the newest mark there is when the interval is over; its age is the time since
+a quote last moved the portfolio and what the system took. The first of them is the market's: quotes of random assets
+move a portfolio so many times a second that it is exponential, and is reported beside it. Dashboard queries go over
+HTTP meanwhile, one after another, to random portfolios.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 
 import orjson
@@ -17,7 +21,7 @@ import uvloop
 from benchmarks.delivery import count
 from benchmarks.report import Figure, Report, quantile
 from benchmarks.running_seed import RunningSeed, running_seed, servers
-from benchmarks.seed_load import make_load, portfolio_id
+from benchmarks.seed_load import ASSETS_COUNT, POSITIONS_COUNT, make_load, portfolio_id
 from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings
 
@@ -53,6 +57,10 @@ async def _run(children: ChildProcesses, settings: Settings) -> None:
     for name, ages in (("mark", tally.as_of_ages_s), ("news", tally.latencies_s)):
         report.add(Figure(f"age of the {name} at the client, p50", quantile(ages, 0.5) * 1e3, "ms", at_most=25))
         report.add(Figure(f"age of the {name} at the client, p99", quantile(ages, 0.99) * 1e3, "ms", at_most=80))
+    moves_per_s = QUOTES_PER_S * POSITIONS_COUNT / ASSETS_COUNT
+    for share in (0.5, 0.99):
+        name = f"time since a quote moved the portfolio, p{share * 100:.0f}"
+        report.add(Figure(name, -math.log(1 - share) / moves_per_s * 1e3, "ms", note="of that age; the market's"))
     report.add(Figure("messages per subscription and second", tally.deliveries / tally.seconds / SUBSCRIPTIONS, "/s"))
     report.add(Figure("dashboard query, p50", quantile(latencies, 0.5) * 1e3, "ms", at_most=5))
     report.add(Figure("dashboard query, p99", quantile(latencies, 0.99) * 1e3, "ms", at_most=15))
