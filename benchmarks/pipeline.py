@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from pathlib import Path
 import asyncpg
 import psutil
 import uvloop
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.report import Figure, Report, quantile
 from engine.assets import load_catalogue
@@ -61,7 +63,8 @@ _AWARDS = "SELECT count(*) FROM badge_award"
 
 @dataclass(slots=True)
 class Course:
-    """What happened while the fills flowed; times are of the monotonic clock."""
+    """What happened while the fills flowed; times are of the monotonic clock. `windows[s]`: how many of the evaluators'
+    flush windows took at most so many seconds."""
 
     began_s: float = 0.0
     produced_s: float = 0.0
@@ -70,6 +73,7 @@ class Course:
     sent_count: int = 0
     held_s: float = 0.0
     lags: list[int] = field(default_factory=list)
+    windows: dict[float, float] = field(default_factory=dict)
     cpu_s: dict[str, float] = field(default_factory=dict)
 
 
@@ -162,7 +166,7 @@ async def _flow(
 ) -> Course:
     """Send the fills at their pace; returns when the last one is booked and everybody is told."""
     course = Course()
-    cpu_before = _cpu_s(ready)
+    cpu_before, windows_before = _cpu_s(ready), _windows(ready)
     course.began_s = time.monotonic()
     watching = asyncio.create_task(_watch(database, course, before_count))
     await _produce(sender, fills, course)
@@ -173,6 +177,7 @@ async def _flow(
     await _at_least(database, _BOOKED, before_count + course.sent_count)
     course.booked_s = time.monotonic()
     course.cpu_s = {role: spent - cpu_before[role] for role, spent in _cpu_s(ready).items()}
+    course.windows = {bound_s: count - windows_before[bound_s] for bound_s, count in _windows(ready).items()}
     await _at_least(database, _DELIVERED, 0)
     course.told_s = time.monotonic()
     return course
@@ -221,6 +226,10 @@ def _report_flow(report: Report, course: Course) -> None:
     report.add(Figure("fills that the ledger was behind, p50", quantile(course.lags, 0.5), ""))
     report.add(Figure("fills that the ledger was behind, at most", max(course.lags), ""))
     report.add(Figure("badge messages all delivered after the last fill", course.told_s - course.booked_s, "s"))
+    windows = sorted(course.windows.items())
+    for share in (0.5, 0.99, 1):
+        bound_s = next(bound_s for bound_s, count in windows if count >= share * windows[-1][1])
+        report.add(Figure(f"flush windows beside it, {share:.0%} at most", bound_s * 1e3, "ms", note="of 10 ms"))
     for role, spent_s in sorted(course.cpu_s.items(), key=lambda of: -of[1]):
         report.add(Figure(f"CPU per fill: {role}", spent_s / course.sent_count * 1e6, "µs"))
     total_s = sum(course.cpu_s.values())
@@ -243,6 +252,19 @@ async def _status(*command: str) -> int:
     if process.returncode:
         sys.stderr.write(output.decode())
     return process.returncode or 0
+
+
+def _windows(ready: ReadyFile) -> dict[float, float]:
+    counts: dict[float, float] = {}
+    for role, url in ready.metrics_urls.items():
+        if role.startswith("evaluator"):
+            with urllib.request.urlopen(url) as answer:
+                families = text_string_to_metric_families(answer.read().decode())
+            for sample in (sample for family in families for sample in family.samples):
+                if sample.name == "navstream_flush_window_seconds_bucket":
+                    bound_s = float(sample.labels["le"])
+                    counts[bound_s] = counts.get(bound_s, 0) + sample.value
+    return counts
 
 
 def _cpu_s(ready: ReadyFile) -> dict[str, float]:
