@@ -10,7 +10,8 @@ can be done makes windows longer and nothing else. Within it are written
 
     watched rows that have changed            somebody watches them (workers.interest); they are in the frame
     rows that events were booked for          whoever has sent them looks for them
-    others that have changed, in their turn   each within `unwatched_flush_interval_ms` (workers.slow_turns)
+    others that have changed, in their turn   each within `unwatched_flush_interval_ms`, or as fast as it can be done
+                                              beside what is watched (workers.slow_turns)
 
 The frame names the flush before it also when that wrote nobody's rows, so that a frame which was lost is missed. With
 nothing to do the loop sleeps until quotes come that move something watched, and looks around every IDLE_INTERVAL_S.
@@ -61,6 +62,9 @@ LOOK_INTERVAL_S = 0.1
 # What flushes write and look at beside what is watched: a millisecond or two each.
 ROWS_PER_FLUSH = 2_000
 ROWS_PER_LOOK = 20_000
+# Of all shards together, also when there is more: who watches does not wait for what nobody does. Some 20 ms.
+ROWS_PER_WINDOW_MAX = 20_000
+LOOKS_PER_WINDOW_MAX = 400_000
 
 _NONE = np.zeros(0, np.int64)
 
@@ -230,6 +234,9 @@ class Flusher:
     def _changed(self, shard: int) -> Int64s:
         return np.flatnonzero(self._host.book.dirty & (self._host.book.shard == shard))
 
+    def _due(self, turns: SlowTurns, shard: int, count_max: int) -> Int64s:
+        return turns.part(shard, time.monotonic(), lambda: self._changed(shard), count_max)
+
     def _free(self, shard: int, slots: Int64s) -> Int64s:
         """Those of the slots that have changed, are of the shard still, and are not held back."""
         book = self._host.book
@@ -246,7 +253,7 @@ class Flusher:
             return
         for owned in published:
             number = owned.lease.shard
-            slots = self._looks.part(number, time.monotonic(), lambda of=number: self._changed(of))  # type: ignore[misc]
+            slots = self._due(self._looks, number, LOOKS_PER_WINDOW_MAX // len(published))
             if len(slots := self._free(number, slots)):
                 self._host.badges.look(owned, slots, as_of_ns)
 
@@ -260,7 +267,7 @@ class Flusher:
         if everything or self._turns is None:
             others = self._changed(number)
         else:
-            others = self._turns.part(number, time.monotonic(), lambda: self._changed(number))
+            others = self._due(self._turns, number, max(1, ROWS_PER_WINDOW_MAX // len(self._host.owned)))
             if booked:
                 others = np.unique(np.concatenate([others, *booked]))
         others = self._free(number, others)

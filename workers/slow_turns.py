@@ -2,7 +2,8 @@
 
 Shards have their turns at different instants of the interval. In its turn a shard's changed rows are taken in parts,
 one with every flush, so that no flush is long: of `part_count` rows, or as many more as it takes to be done when the
-next turn begins. What is left then all the same, because flushes became longer meanwhile, comes first in that one.
+next turn begins, but of `count_max` at most. What is left then all the same, because there is more than can be done,
+comes first in that one: turns go round all rows more slowly, and flushes stay short.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class SlowTurns:
         """Whether some shard has rows left in its turn."""
         return any(len(turn.left) for turn in self._turns.values())
 
-    def part(self, shard: int, now_s: float, changed: Callable[[], Int64s]) -> Int64s:
+    def part(self, shard: int, now_s: float, changed: Callable[[], Int64s], count_max: int) -> Int64s:
         """The slots of a shard that are due now; `changed` answers all that have changed, ascending."""
         turn = self._turns.get(shard)
         if turn is None:
@@ -56,7 +57,7 @@ class SlowTurns:
             return _NONE
         # As often as it was asked last, it is asked again before the turn is over.
         parts = max(1.0, (turn.ends_at_s - now_s) / max(now_s - asked_at_s, _ASKED_INTERVAL_MIN_S))
-        count = max(self._part_count, math.ceil(len(turn.left) / parts))
+        count = min(max(self._part_count, math.ceil(len(turn.left) / parts)), count_max)
         part, turn.left = turn.left[:count], turn.left[count:]
         return part
 

@@ -26,7 +26,7 @@ def test_what_has_changed_is_due_within_two_intervals_however_often_it_is_asked(
     due_at_s = np.full(count, now_s)
     for wait_s in waits_s:
         now_s += wait_s
-        part = turns.part(0, now_s, lambda: np.arange(count))
+        part = turns.part(0, now_s, lambda: np.arange(count), count)
         assert len(set(part.tolist())) == len(part)
         due_at_s[part] = now_s
         assert now_s - due_at_s.min() <= 2 * INTERVAL_S + 2 * 0.25
@@ -37,7 +37,7 @@ def test_a_turn_is_spread_over_the_interval_in_even_parts(wait_s: float) -> None
     turns, parts, now_s = SlowTurns(INTERVAL_S, 10), [], 50.0
     while now_s < 60:
         now_s += wait_s
-        parts.append(len(turns.part(0, now_s, lambda: np.arange(10_000))))
+        parts.append(len(turns.part(0, now_s, lambda: np.arange(10_000), 10_000)))
     steady = parts[len(parts) // 2 :]
     assert max(steady) <= 1.2 * 10_000 * wait_s / INTERVAL_S
     assert sum(steady) == pytest.approx(10_000 * 5, rel=0.05)
@@ -48,7 +48,7 @@ def test_few_rows_are_one_part_and_shards_have_their_turns_one_after_the_other()
     while now_s < 53:
         now_s += 0.01
         for shard in range(8):
-            part = turns.part(shard, now_s, lambda: np.arange(300))
+            part = turns.part(shard, now_s, lambda: np.arange(300), 300)
             if len(part):
                 assert len(part) == 300
                 taken.setdefault(shard, []).append(now_s)
@@ -62,7 +62,18 @@ def test_few_rows_are_one_part_and_shards_have_their_turns_one_after_the_other()
 def test_a_shard_that_is_not_ours_any_more_has_no_turn_left() -> None:
     turns = SlowTurns(INTERVAL_S, 1)
     for step in range(300):
-        turns.part(5, 10 + step / 100, lambda: np.arange(10_000))
+        turns.part(5, 10 + step / 100, lambda: np.arange(10_000), 10_000)
     assert turns.is_under_way
     turns.keep({4})
     assert not turns.is_under_way
+
+
+def test_more_than_can_be_done_goes_round_in_parts_of_the_same_size() -> None:
+    """However long flushes become, none is asked to do more; and no row is passed over."""
+    turns, now_s, seen = SlowTurns(INTERVAL_S, 10), 50.0, np.zeros(10_000, np.int64)
+    for _ in range(100):
+        now_s += 0.25
+        part = turns.part(0, now_s, lambda: np.arange(10_000), 500)
+        assert len(part) <= 500
+        seen[part] += 1
+    assert seen.max() - seen.min() <= 1 and seen.min() >= 4
