@@ -168,8 +168,10 @@ async def count(task: Task, server_pid: int, flow: asyncio.Event) -> tuple[Tally
     await asyncio.sleep(task.seconds)
     used_s = cpu_s(server_pid) - before_s
     flow.clear()
-    tally = msgspec.json.decode(await client.stdout.read(), type=Tally)
-    await client.wait()
+    counted = await client.stdout.read()
+    if await client.wait():
+        raise RuntimeError((await client.stderr.read()).decode())
+    tally = msgspec.json.decode(counted, type=Tally)
     # Both took the time by themselves; they differ by the moment between.
     return tally, used_s * tally.seconds / task.seconds
 

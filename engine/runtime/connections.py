@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -57,6 +57,9 @@ CHECK_TIMEOUT_S = 10  # one attempt of `wait_until`: longer than any healthy ser
 CLOSE_TIMEOUT_S = 1
 REDIS_RETRIES_COUNT_MAX = 1  # covers the connection that an idle server closed; more would hide an outage
 REDIS_RETRY_DELAY_MS = 50
+# What comes between two turns of a busy loop is read at once: frames that wait for their turn one by one grow old, and
+# asyncio's own limit is a twentieth of a second of them. Answers are shorter.
+READ_AHEAD_BYTES = 16 * 1024 * 1024
 KAFKA_LINGER_MS = 5  # a batch waits this long for company; unseen beside the acknowledgement's own latency
 KAFKA_TIMEOUT_MS = 10_000
 
@@ -153,11 +156,13 @@ class _Cancellable(AbstractConnection):
 
 
 class _TcpConnection(_Cancellable, Connection):
-    pass
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        return {**super()._connection_arguments(), "limit": READ_AHEAD_BYTES}
 
 
 class _TlsConnection(_Cancellable, SSLConnection):
-    pass
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        return {**super()._connection_arguments(), "limit": READ_AHEAD_BYTES}
 
 
 class _UnixConnection(_Cancellable, UnixDomainSocketConnection):

@@ -5,6 +5,7 @@ import time
 
 import asyncpg
 import pytest
+from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from structlog.testing import capture_logs
@@ -77,6 +78,15 @@ async def test_a_timeout_around_a_command_is_still_a_timeout(redis_db: str) -> N
                 while True:
                     await client.get("key")
         assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+
+
+async def test_what_comes_while_the_loop_is_busy_is_read_at_once(redis_db: str) -> None:
+    async with connect_redis(Settings(redis_url=redis_db), "test") as client:
+        assert isinstance(client, Redis)
+        connection = await client.connection_pool.get_connection()
+        # asyncio stops reading at twice this; nobody else says it.
+        assert connection._reader._limit >= 16 * 2**20
+        await client.connection_pool.release(connection)
 
 
 async def test_postgres_knows_its_client_and_ends_long_work(postgres_url: str) -> None:
