@@ -43,6 +43,11 @@ from resolvers.equity_curve import POINTS_DEFAULT
 from resolvers.portfolio import PORTFOLIOS_DEFAULT
 from resolvers.webhooks import DELIVERIES_DEFAULT, WEBHOOKS_DEFAULT
 
+Inside = Callable[[SelectionSetNode | None], int]
+# The size of a selection that is no spread, by those of the selections inside it.
+Measure = Callable[[SelectionNode, Inside], int]
+_Measured = tuple[OperationDefinitionNode, int]
+
 POINTS_PER_OBJECT = 10
 # List fields whose length is not said by the client are short, or said by a default.
 _DEFAULT_LENGTHS = {"portfolios": PORTFOLIOS_DEFAULT, "webhooks": WEBHOOKS_DEFAULT, "deliveries": DELIVERIES_DEFAULT}
@@ -110,7 +115,7 @@ def check_objects(
 def depth_of(document: DocumentNode) -> int:
     """How many fields lie in each other at the deepest place of any operation."""
 
-    def measure(selection: SelectionNode, inside: Callable[[SelectionSetNode | None], int]) -> int:
+    def measure(selection: SelectionNode, inside: Inside) -> int:
         if not isinstance(selection, FieldNode):
             return inside(getattr(selection, "selection_set", None))
         return 0 if selection.name.value.startswith("__") else 1 + inside(selection.selection_set)
@@ -119,7 +124,7 @@ def depth_of(document: DocumentNode) -> int:
 
 
 def aliases_of(document: DocumentNode) -> int:
-    def measure(selection: SelectionNode, inside: Callable[[SelectionSetNode | None], int]) -> int:
+    def measure(selection: SelectionNode, inside: Inside) -> int:
         aliased = isinstance(selection, FieldNode) and selection.alias is not None
         return int(aliased) + inside(getattr(selection, "selection_set", None))
 
@@ -131,7 +136,7 @@ def objects_of(
 ) -> int:
     """What the operation costs, in objects; a length that can not be read counts as `page_size_max`."""
 
-    def measure(selection: SelectionNode, inside: Callable[[SelectionSetNode | None], int]) -> int:
+    def measure(selection: SelectionNode, inside: Inside) -> int:
         if not isinstance(selection, FieldNode):
             return inside(getattr(selection, "selection_set", None))
         length = _length(selection, coerced, page_size_max)
@@ -164,32 +169,37 @@ def root_fields(document: DocumentNode, operation: OperationDefinitionNode) -> s
     return names
 
 
-def _measure(
-    document: DocumentNode,
-    measure: Callable[[SelectionNode, Callable[[SelectionSetNode | None], int]], int],
-    join: Callable[[int, int], int],
-) -> list[tuple[OperationDefinitionNode, int]]:
+def _measure(document: DocumentNode, measure: Measure, join: Callable[[int, int], int]) -> list[_Measured]:
     """The size of each operation, with every fragment measured once; one that spreads itself counts nothing."""
-    fragments = _fragments(document)
-    sizes: dict[str, int] = {}
+    sizes = _Sizes(_fragments(document), measure, join)
+    operations = [node for node in document.definitions if isinstance(node, OperationDefinitionNode)]
+    return [(operation, sizes.inside(operation.selection_set)) for operation in operations]
 
-    def inside(selection_set: SelectionSetNode | None) -> int:
+
+class _Sizes:
+    def __init__(
+        self, fragments: dict[str, FragmentDefinitionNode], measure: Measure, join: Callable[[int, int], int]
+    ) -> None:
+        self._fragments = fragments
+        self._measure = measure
+        self._join = join
+        self._known: dict[str, int] = {}
+
+    def inside(self, selection_set: SelectionSetNode | None) -> int:
         total = 0
         for selection in selection_set.selections if selection_set is not None else ():
             if isinstance(selection, FragmentSpreadNode):
-                total = join(total, of_fragment(selection.name.value))
+                total = self._join(total, self._of_fragment(selection.name.value))
             else:
-                total = join(total, measure(selection, inside))
+                total = self._join(total, self._measure(selection, self.inside))
         return total
 
-    def of_fragment(name: str) -> int:
-        if name not in sizes:
-            sizes[name] = 0
-            sizes[name] = inside(fragments[name].selection_set) if name in fragments else 0
-        return sizes[name]
-
-    operations = [node for node in document.definitions if isinstance(node, OperationDefinitionNode)]
-    return [(operation, inside(operation.selection_set)) for operation in operations]
+    def _of_fragment(self, name: str) -> int:
+        if name not in self._known:
+            self._known[name] = 0
+            fragment = self._fragments.get(name)
+            self._known[name] = 0 if fragment is None else self.inside(fragment.selection_set)
+        return self._known[name]
 
 
 def _length(field: FieldNode, coerced: Mapping[str, Any], unreadable: int) -> int:

@@ -9,6 +9,7 @@ serialise), takes graphql-core's own path, which reports it properly. Answers ar
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
@@ -19,6 +20,7 @@ from graphql import (
     GraphQLNonNull,
     GraphQLObjectType,
     GraphQLOutputType,
+    GraphQLResolveInfoHelpers,
     GraphQLString,
     is_leaf_type,
     is_object_type,
@@ -39,6 +41,11 @@ class _NotPlainError(Exception):
 class RecordExecutor(StrawberryGraphQLCoreExecutionContext):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # An executor that its own helpers know is a cycle, and with it all that the operation collected and read.
+        me = weakref.proxy(self)
+        self.async_helpers = GraphQLResolveInfoHelpers(
+            gather=lambda values: me.gather_async_work(values), track=lambda values: me.track_async_work(values)
+        )
         # Keyed by identity, as graphql-core memoises its sub-selections; kept beside it, so the id stays taken.
         self._plans: dict[tuple[str, int], tuple[Any, _Plan | None]] = {}
 

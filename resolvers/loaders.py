@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from typing import Literal, cast
 
 from strawberry.dataloader import DataLoader
@@ -76,12 +77,13 @@ class ValuedPositions:
 
 class HotLoader:
     def __init__(self, hot_state: HotStateReads, clock: Clock, stale_after_s: int, assets: AssetCatalogue) -> None:
-        self._hot_state = hot_state
         self._clock = clock
         self._stale_after_ns = stale_after_s * SECOND_NS
         self._assets = assets
-        self._loader: DataLoader[tuple[_Part, Place], object] = DataLoader(self._load)
-        self._quotes: DataLoader[tuple[str, ...], Mapping[str, Quote]] = DataLoader(self._load_quotes)
+        # Their functions do not know the loader: it and all that an operation read would be a cycle, and those are
+        # looked for and freed by the thousand, with everybody waiting.
+        self._loader: DataLoader[tuple[_Part, Place], object] = DataLoader(partial(_load, hot_state))
+        self._quotes: DataLoader[tuple[str, ...], Mapping[str, Quote]] = DataLoader(partial(_load_quotes, hot_state))
         self._valued: dict[Place, asyncio.Task[ValuedPositions | None]] = {}
 
     async def mark(self, place: Place) -> Mark | None:
@@ -112,26 +114,24 @@ class HotLoader:
         now_ns = self._clock.now_ns()
         return ValuedPositions(mark, held, quotes, now_ns, self._stale_after_ns, self._assets.sessions)
 
-    async def _load_quotes(self, wanted: list[tuple[str, ...]]) -> Sequence[Mapping[str, Quote]]:
-        """One read for all portfolios: most hold the same symbols, and each read takes a connection."""
-        quotes = await self._hot_state.quotes(symbol for symbols in wanted for symbol in symbols)
-        return [quotes] * len(wanted)
 
-    async def _load(self, keys: list[tuple[_Part, Place]]) -> Sequence[object]:
-        wanted: dict[_Part, list[Place]] = {"mark": [], "positions": [], "sectors": []}
-        for part, place in keys:
-            wanted[part].append(place)
-        found = await self._hot_state.read(
-            marks=wanted["mark"],
-            positions=wanted["positions"],
-            sectors=wanted["sectors"],
-        )
-        by_part: dict[_Part, Mapping[Place, object]] = {
-            "mark": found.marks,
-            "positions": found.positions,
-            "sectors": found.sectors,
-        }
-        return [by_part[part][place] for part, place in keys]
+async def _load_quotes(hot_state: HotStateReads, wanted: list[tuple[str, ...]]) -> Sequence[Mapping[str, Quote]]:
+    """One read for all portfolios: most hold the same symbols, and each read takes a connection."""
+    quotes = await hot_state.quotes(symbol for symbols in wanted for symbol in symbols)
+    return [quotes] * len(wanted)
+
+
+async def _load(hot_state: HotStateReads, keys: list[tuple[_Part, Place]]) -> Sequence[object]:
+    wanted: dict[_Part, list[Place]] = {"mark": [], "positions": [], "sectors": []}
+    for part, place in keys:
+        wanted[part].append(place)
+    found = await hot_state.read(marks=wanted["mark"], positions=wanted["positions"], sectors=wanted["sectors"])
+    by_part: dict[_Part, Mapping[Place, object]] = {
+        "mark": found.marks,
+        "positions": found.positions,
+        "sectors": found.sectors,
+    }
+    return [by_part[part][place] for part, place in keys]
 
 
 class AssetCatalogue:

@@ -11,6 +11,7 @@ import asyncio
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 
 import strawberry
 from strawberry.dataloader import DataLoader
@@ -62,11 +63,9 @@ class LotsLoader:
     """Lots of the positions that one operation shows."""
 
     def __init__(self, ledger: LedgerReads) -> None:
-        self._ledger = ledger
-        self._turn = asyncio.Lock()
         # Not kept: a stream shows the same cycle again with other entries.
         self._loader: DataLoader[ShownPosition, list[EngineLot] | PublicError] = DataLoader(
-            self._load, max_batch_size=LOTS_BATCH_COUNT_MAX, cache=False
+            partial(_load, ledger, asyncio.Lock()), max_batch_size=LOTS_BATCH_COUNT_MAX, cache=False
         )
 
     async def load(self, position: ShownPosition) -> list[EngineLot]:
@@ -76,10 +75,13 @@ class LotsLoader:
             raise found
         return found
 
-    async def _load(self, positions: list[ShownPosition]) -> list[list[EngineLot] | PublicError]:
-        async with self._turn:
-            cycles = await self._ledger.cycles([position.cycle for position in positions], LOTS_ENTRIES_MAX + 1)
-        return [_lots(position, found) for position, found in zip(positions, cycles, strict=True)]
+
+async def _load(
+    ledger: LedgerReads, turn: asyncio.Lock, positions: list[ShownPosition]
+) -> list[list[EngineLot] | PublicError]:
+    async with turn:
+        cycles = await ledger.cycles([position.cycle for position in positions], LOTS_ENTRIES_MAX + 1)
+    return [_lots(position, found) for position, found in zip(positions, cycles, strict=True)]
 
 
 def _lots(position: ShownPosition, found: CycleEntries) -> list[EngineLot] | PublicError:
