@@ -91,9 +91,9 @@ class Deliveries:
         group = member.group
         group.forget(member)
         member.state = State.GONE
-        self._wheel.drop(member.edge_tick, member)
+        self.drop_edge(member)
         self._wheel.drop(member.beat_tick, member)
-        member.edge_tick = member.beat_tick = -1
+        member.beat_tick = -1
         member.outlet.waiting.pop(member, None)
         if not group.members_count:
             self._end_group(group)
@@ -162,6 +162,10 @@ class Deliveries:
             self._arm()
         return tick
 
+    def drop_edge(self, member: Member) -> None:
+        self._wheel.drop(member.edge_tick, member)
+        member.edge_tick = -1
+
     def schedule_beat(self, member: Member) -> int:
         return self.schedule(max(member.beat_s + self._heartbeat_s, self.now_s()), member)
 
@@ -192,10 +196,7 @@ class Deliveries:
     def _fall_due(self, member: Member, tick: int, now_s: float) -> None:
         if 0 <= member.edge_tick <= tick:
             member.edge_tick = -1
-            if member.outlet.is_writable:
-                member.group.take(member, now_s)
-            else:
-                member.outlet.waiting[member] = None
+            member.group.fall_due(member, now_s)
         if 0 <= member.beat_tick <= tick:
             member.beat_tick = -1
             if member.state is State.IDLE:

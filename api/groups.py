@@ -6,6 +6,7 @@ It is exactly what resolvers/streams.py says, which does the same for whatever c
     idle       shows the group's newest values; a change is sent at once when the interval since the last message is
                over (leading edge), else it is
     pending    until then (trailing edge), in the timer wheel, or until its socket is writable
+    awaiting   the interval is over, and the next mark is near: it or the end of `await_s` is waited for
     heartbeat  `heartbeat_s` after the last message, when the group's mark still holds; where it does not the heartbeat
                is withheld, and the first mark that holds again is sent even if nothing selected changed
 
@@ -27,6 +28,7 @@ from api.outlets import Outlet
 from engine.marks import SEQUENCE_AT, Row
 from engine.stores.hot_state_reads import Place
 from resolvers.stream_kind import StreamKind
+from resolvers.streams import await_s
 
 if TYPE_CHECKING:
     from api.delivery import Deliveries
@@ -65,6 +67,7 @@ class State(Enum):
     FRESH = auto()
     IDLE = auto()
     PENDING = auto()
+    AWAITING = auto()
     GONE = auto()
 
 
@@ -74,7 +77,7 @@ class Member:
     base_count     the group's count of marks at the last message
     epoch, shown   those of the last message; the epoch is -1 before the first
     before         the mark of the last message, where the projection compares with it
-    edge_tick      where it waits in the wheel for its trailing edge; -1 when it does not
+    edge_tick      where it waits in the wheel for its trailing edge, or for the end of awaiting; -1 when it does not
     beat_tick      where it waits in the wheel for its heartbeat. It is not moved with every message: when it falls due,
                    it is put to where it should be by then
     """
@@ -118,6 +121,8 @@ class Group:
     looked at last, the one that made the cell's `count`."""
 
     __slots__ = (
+        "awaited_count",
+        "awaiting",
         "cache",
         "cache_latency_ms",
         "cell",
@@ -151,6 +156,8 @@ class Group:
         self.withheld_count = 0
         self.fresh: list[Member] = []
         self.idle: list[Member] = []
+        self.awaiting: list[Member] = []
+        self.awaited_count = -1
         self.cache: dict[tuple[StreamKind, int, int], bytes] = {}
         self.cache_latency_ms: float | None = None
         self.cell = hub.add_receiver(place, self)
@@ -161,13 +168,15 @@ class Group:
 
     @property
     def eager(self) -> bool:
-        return bool(self.idle or self.fresh)
+        return bool(self.idle or self.fresh or self.awaiting)
 
     def news(self, resumed: bool) -> None:
         if self._look():
             self._offer()
         elif self.withheld_count and self.current:
             self._resume()
+        if self.awaiting and (self.count > self.awaited_count or resumed):
+            self._take_awaited()
         if self.fresh:
             self._begin()
 
@@ -223,6 +232,37 @@ class Group:
             member.edge_tick = self.deliveries.schedule(edge_s, member)
         else:
             self._send(member, now_s)
+
+    def fall_due(self, member: Member, now_s: float) -> None:
+        """A pending member's interval is over, or an awaiting one has waited long enough."""
+        if member.state is State.AWAITING:
+            self.awaiting.remove(member)
+            self._take_when_writable(member, now_s)
+            return
+        wait_s = await_s(self.cell.count - member.base_count, now_s - member.sent_s)
+        if not wait_s:
+            self._take_when_writable(member, now_s)
+            return
+        # Of one count for all: a newer mark ends everybody's wait.
+        self.awaited_count = self.cell.count
+        member.state = State.AWAITING
+        member.edge_tick = self.deliveries.schedule(now_s + wait_s, member)
+        self.awaiting.append(member)
+        self.cell.tell()
+
+    def _take_awaited(self) -> None:
+        now_s = self.deliveries.now_s()
+        awaiting, self.awaiting = self.awaiting, []
+        for member in awaiting:
+            self.deliveries.drop_edge(member)
+            self._take_when_writable(member, now_s)
+
+    def _take_when_writable(self, member: Member, now_s: float) -> None:
+        member.state = State.PENDING
+        if member.outlet.is_writable:
+            self.take(member, now_s)
+        else:
+            member.outlet.waiting[member] = None
 
     def take(self, member: Member, now_s: float) -> None:
         """A pending member's interval is over and its socket is writable."""
@@ -295,3 +335,5 @@ class Group:
             self.idle.remove(member)
         elif member.state is State.FRESH:
             self.fresh.remove(member)
+        elif member.state is State.AWAITING:
+            self.awaiting.remove(member)

@@ -39,14 +39,14 @@ _log = structlog.get_logger(__name__)
 class MarkSlot:
     """The slot of a stream that graphql-core executes. `signal` is set when there is something to take."""
 
-    __slots__ = ("_cell", "_heard", "_is_due", "_signal", "_taken_count")
+    __slots__ = ("_cell", "_heard", "_is_due", "_signal", "_taken_count", "_told_count")
 
     eager = True
 
     def __init__(self, marks: ShardMarks, portfolio_id: bytes, signal: asyncio.Event) -> None:
         self._cell = marks.add(portfolio_id, self)
         self._signal = signal
-        self._taken_count = -1  # before the first mark
+        self._taken_count = self._told_count = -1  # before the first mark
         self._is_due = False
         self._heard: Heard | None = None
 
@@ -54,11 +54,15 @@ class MarkSlot:
     def current(self) -> bool:
         return self._cell.current
 
+    def waiting_count(self) -> int:
+        return self._cell.count - self._taken_count
+
     def news(self, resumed: bool) -> None:
         count = self._cell.count
         if self._taken_count < 0:
             self._taken_count = count - 1
-        if count > self._taken_count or resumed:
+        if count > self._told_count or resumed:
+            self._told_count = count
             self._is_due = True
             self._signal.set()
 

@@ -63,6 +63,9 @@ class MarkWatch(Protocol):
         """Whether what was taken last still holds: its shard's channel is listened to and not silent. When it
         becomes so again, there is something to take, if only the same mark."""
 
+    def waiting_count(self) -> int:
+        """How many marks came since the last take."""
+
     def take(self) -> tuple[Mark, int] | None:
         """The newest mark since the last take and how many it stands for; None when there was none."""
 

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from api.delivery import LiveOperation
-from api.groups import Member, Projection
+from api.groups import Member, Projection, State
 from engine.stores.ledger_reads import PortfolioIdentity
 from tests.api.two_ways import HEARTBEAT_S, INTERVAL_S, PLACE, SEND_TIMEOUT_S, STEP_S, TestOutlet, TwoWays
 from tests.builders import MICRO, MarkRow
@@ -94,12 +94,69 @@ def test_equal_subscriptions_share_one_encoding() -> None:
         # While all wait for their trailing edge a mark is neither compared nor encoded.
         ways.frame(nav=7 * MICRO)
         compared_count = projection.compared_count
-        for nav in range(8, 20):
+        for nav in range(8, 11):
             ways.frame(nav=nav * MICRO)
         assert projection.compared_count == compared_count
         await asyncio.sleep(INTERVAL_S)
-        assert projection.encoded[2:] == [(19, "UPDATE", 13)]
-        assert all(values_of(outlet)[-1] == [19, "UPDATE", 13] for outlet in outlets)
+        assert projection.encoded[2:] == [(10, "UPDATE", 4)]
+        assert all(values_of(outlet)[-1] == [10, "UPDATE", 4] for outlet in outlets)
+
+    run_virtually(play())
+
+
+@pytest.mark.parametrize(
+    ("many", "comes", "after"), [(5, True, 1.1), (5, False, 1.5), (20, True, 1.1), (20, False, 1.25)]
+)
+def test_where_many_marks_come_the_next_one_is_awaited(many: int, comes: bool, after: float) -> None:
+    async def play() -> None:
+        ways, projection = TwoWays(), Counting()
+        ways.hub.shard_live(PLACE[0], True)
+        outlet, member = join(ways, projection)
+        ways.frame(nav=5 * MICRO)
+        await asyncio.sleep(STEP_S)
+        for nav in range(6, 16):
+            ways.frame(nav=nav * MICRO)
+        [(sent_s, _)] = outlet.messages
+        await asyncio.sleep(INTERVAL_S)
+        assert values_of(outlet) == [[5, "SNAPSHOT", 1]]
+        if comes:
+            ways.frame(nav=16 * MICRO)
+        await asyncio.sleep(0.6 * INTERVAL_S)
+        expected, after_s = (
+            ([16, "UPDATE", 11], INTERVAL_S + STEP_S) if comes else ([15, "UPDATE", 10], 1.5 * INTERVAL_S)
+        )
+        assert values_of(outlet)[1:] == [expected]
+        assert outlet.messages[1][0] - sent_s == pytest.approx(after_s, abs=0.001)
+        ways.deliveries.leave(member)
+        assert not len(ways.deliveries._wheel)
+
+    run_virtually(play())
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_who_leaves_or_is_blocked_while_it_awaits_is_sent_nothing(leaves: bool) -> None:
+    async def play() -> None:
+        ways, projection = TwoWays(), Counting()
+        ways.hub.shard_live(PLACE[0], True)
+        outlet, member = join(ways, projection)
+        for nav in range(5, 16):
+            ways.frame(nav=nav * MICRO)
+        await asyncio.sleep(1.1 * INTERVAL_S)
+        assert member.state is State.AWAITING
+        if leaves:
+            ways.deliveries.leave(member)
+        else:
+            outlet.turn_writable(False)
+        ways.frame(nav=16 * MICRO)
+        await asyncio.sleep(INTERVAL_S)
+        assert values_of(outlet) == [[5, "SNAPSHOT", 1]]
+        if not leaves:
+            ways.frame(nav=17 * MICRO)
+            outlet.turn_writable(True)
+            await asyncio.sleep(STEP_S)
+            assert values_of(outlet)[1:] == [[17, "UPDATE", 12]]
+            ways.deliveries.leave(member)
+        assert not ways.deliveries._groups and not len(ways.deliveries._wheel)
 
     run_virtually(play())
 

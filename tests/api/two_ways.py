@@ -132,6 +132,12 @@ class TwoWays:
         self.row = replace(self.row, sequence=self.sequence, **changes)
         self._deliver(self.epoch, self.row)
 
+    def many_frames(self, first_nav: int) -> None:
+        """So many flushes within an interval that the next one is awaited; all before the script goes on."""
+        loop = asyncio.get_running_loop()
+        for number in range(12):
+            loop.call_later(number * STEP_S / 16, lambda nav=first_nav + number: self.frame(nav=nav * MICRO))
+
     def old_frame(self) -> None:
         self._deliver(self.epoch, replace(self.row, sequence=max(0, self.sequence - 1), nav=1))
 
@@ -181,6 +187,7 @@ class TwoWays:
         for _ in range(steps_count):
             self._step(chance)
             if waiting and chance.random() < 0.1:
+                await asyncio.sleep(STEP_S)
                 self.subscribe(waiting.pop())
                 await asyncio.sleep(STEP_S)
                 self.read()
@@ -195,6 +202,7 @@ class TwoWays:
         actions = [self.frame] * 4 + [self.read, self.old_frame, self.zombie_frame, self.lost_frame, self.take_over]
         actions += [self.block, self.unblock]
         actions += [lambda: self.frame(nav=chance.choice([5, 6, 7]) * MICRO)] * 12
+        actions += [lambda: self.many_frames(chance.choice([-6, -5, 20]))] * 3
         actions += [lambda: self.frame(cash=self.row.cash + 1, flows=self.row.flows + 1)] * 2
         actions += [lambda: self.hub.shard_live(SHARD, False), lambda: self.hub.shard_heard(SHARD, False)]
         actions += [self._back] * 3
