@@ -166,10 +166,6 @@ class Group:
     def current(self) -> bool:
         return self.cell.current
 
-    @property
-    def eager(self) -> bool:
-        return bool(self.idle or self.fresh or self.awaiting)
-
     def news(self, resumed: bool) -> None:
         if self._look():
             self._offer()
@@ -179,6 +175,8 @@ class Group:
             self._take_awaited()
         if self.fresh:
             self._begin()
+        if self.idle or self.awaiting:
+            self.cell.tell()
 
     def _look(self) -> bool:
         """Look at the newest mark. Whether something selected changed, or the owner; not when it was known."""

@@ -41,8 +41,6 @@ class MarkSlot:
 
     __slots__ = ("_cell", "_heard", "_is_due", "_signal", "_taken_count", "_told_count")
 
-    eager = True
-
     def __init__(self, marks: ShardMarks, portfolio_id: bytes, signal: asyncio.Event) -> None:
         self._cell = marks.add(portfolio_id, self)
         self._signal = signal
@@ -58,6 +56,7 @@ class MarkSlot:
         return self._cell.count - self._taken_count
 
     def news(self, resumed: bool) -> None:
+        self._cell.tell()
         count = self._cell.count
         if self._taken_count < 0:
             self._taken_count = count - 1
@@ -334,9 +333,9 @@ class Hub:
             for receiver in marks.receivers[cell]:
                 try:
                     receiver.news(resumed)
-                except Exception:  # a defect of one is not to silence the others
+                except Exception:  # a defect of one is not to silence the others, nor this one for good
                     _log.exception("receiver_failed")
-            marks.told(cell)
+                    marks.eager[cell] = True
 
     def deliver_quotes(self, quotes: Iterable[Quote]) -> None:
         for quote in quotes:

@@ -1,8 +1,8 @@
 """The newest mark of each watched portfolio of a shard, in columns.
 
 Flushes are far more frequent than messages: of the marks that frames bring, most are replaced before anybody looks at
-them. So a frame is taken with a few operations on arrays, whatever it holds, and only those are told who want to know
-at once: `MarkReceiver.eager`. Everybody else finds the newest mark in the cell when their interval is over.
+them. So a frame is taken with a few operations on arrays, whatever it holds, and only those are told who asked to be
+told of the next mark: `MarkCell.tell`. Everybody else finds the newest one in the cell when their interval is over.
 
 Marks are taken in the order of (epoch, sequence) and never backwards. A cell is `current` from the first of its marks
 that came while its shard's channel was live and heard, until that channel is lost or silent.
@@ -27,12 +27,9 @@ _NOBODYS = -1
 class MarkReceiver(Protocol):
     """Who watches a portfolio's marks: looks into its cell when it likes, and may ask to be told."""
 
-    @property
-    def eager(self) -> bool:
-        """Whether it wants to be told of the next mark."""
-
     def news(self, resumed: bool) -> None:
-        """There is a newer mark, or the same again; `resumed`: the cell is current, and was not before."""
+        """There is a newer mark, or the same again; `resumed`: the cell is current, and was not before. Who wants to
+        be told of the next one asks again; those are told, too, who did not ask and share a cell with one who did."""
 
 
 class ShardMarks:
@@ -116,6 +113,7 @@ class ShardMarks:
             cells, rows = cells[watched], rows[watched]
         eager = self.eager[cells]
         told, was_current = cells[eager], self.current[cells[eager]]
+        self.eager[told] = False
         taken, before, sequence = cells, self.epoch[cells], rows[:, SEQUENCE_AT]
         known = np.where(before == epoch, self._rows[cells, SEQUENCE_AT], -1)
         newer = (before <= epoch) & (known < sequence)
@@ -128,10 +126,6 @@ class ShardMarks:
         if current:
             self.current[taken] = True
         return zip(told.tolist(), (self.current[told] & ~was_current).tolist(), strict=True)
-
-    def told(self, cell: int) -> None:
-        """The cell's receivers know; those that want to know again have said so."""
-        self.eager[cell] = any(receiver.eager for receiver in self.receivers[cell])
 
 
 class MarkCell:
