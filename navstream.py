@@ -22,12 +22,11 @@ import uvloop
 
 from engine.ledger import LedgerKind
 from engine.runtime.clock import Clock, make_clock
-from engine.runtime.command_line import Ready, console, counting, errors, fail, settings_of
-from engine.runtime.connections import AWAY
+from engine.runtime.command_line import Ready, away_ends, console, counting, errors, fail, settings_of
 from engine.runtime.settings import ReadyFile, Settings
 from engine.runtime.telemetry import start_telemetry
 from engine.stores.ledger_export import ExportFormat
-from workers import badge_commands, commands
+from workers import commands
 
 app = typer.Typer(
     help="Real-time portfolio intelligence: NAV, P&L and allocation, live over GraphQL.",
@@ -276,7 +275,7 @@ def traders(
 for command in (commands.reconcile, commands.events, commands.actions):
     app.command()(command)
 assets_app.command("load")(commands.load)
-badges_app.command("verify")(badge_commands.verify)
+badges_app.command("verify")(commands.verify_awards)
 
 
 @app.command()
@@ -326,13 +325,12 @@ def run_ledger(portfolio: str | None, work: Coroutine[Any, Any, Outcome]) -> Out
     from workers.ledger_commands import OutputError
 
     try:
-        return asyncio.run(work)
+        with away_ends("read the ledger"):
+            return asyncio.run(work)
     except KeyError:
         fail(f"there is no portfolio {portfolio}")
     except OutputError as error:
         fail(str(error))
-    except AWAY as error:
-        fail(f"could not read the ledger: {type(error).__name__}: {error}", 3)
 
 
 @ledger_app.command("export")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Annotated
-
-import typer
 
 from engine.assets import AssetClass
 from engine.badge_proofs import LAG_MAX, ONE_WAY, RECORDED_LAG_MAX, BadgeFault
 from engine.runtime.clock import make_clock, to_datetime
-from engine.runtime.command_line import Ready, console, counting, fail, settings_of
-from engine.runtime.connections import AWAY, connect_postgres
+from engine.runtime.command_line import console
+from engine.runtime.connections import connect_postgres
 from engine.runtime.settings import Settings
 from engine.sessions import Markets
 from engine.stores.badge_verification import BadgeVerification, VerifiedBadges
@@ -23,24 +18,8 @@ from engine.stores.badge_verification import BadgeVerification, VerifiedBadges
 Progress = Callable[[int, int], None]
 
 
-def verify(
-    portfolio: Annotated[str | None, typer.Option(help="Only this one.")] = None, ready_file: Ready = None
-) -> None:
-    """Derive every award again from the ledger, the prices of its evidence, classifications and snapshots; name what
-    was awarded without proof, what does not come out, and what is deserved and missing. Exit 1 when there is any, 3
-    when the server is away.
-
-    Example: `navstream badges verify --ready-file ready.json`
-    """
-    settings, began_s = settings_of(ready_file, "postgres_url"), time.monotonic()
-    try:
-        with counting("portfolios") as progress:
-            verified = asyncio.run(verify_badges(settings, portfolio, print_fault, progress))
-    except KeyError:
-        fail(f"there is no portfolio {portfolio}")
-    except AWAY as error:
-        fail(f"could not read the awards: {type(error).__name__}: {error}", 3)
-    rate = verified.awards_count / max(time.monotonic() - began_s, 1e-3)
+def print_verified(verified: VerifiedBadges, elapsed_s: float) -> None:
+    rate = verified.awards_count / max(elapsed_s, 1e-3)
     unrecorded = f", {verified.unrecorded_count} of snapshots no longer kept" if verified.unrecorded_count else ""
     console.print(
         f"{verified.portfolios_count} portfolios, {verified.awards_count} awards, {verified.events_count} events "
@@ -49,7 +28,6 @@ def verify(
     )
     for predicate, said in ONE_WAY.items():
         console.print(f"of {predicate} an award that left no trace may go unseen: {said}", highlight=False)
-    raise typer.Exit(1 if verified.faults_count else 0)
 
 
 def print_fault(fault: BadgeFault) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from engine.runtime.command_line import Ready, console, counting, fail, settings_of
-from engine.runtime.connections import AWAY
+from engine.runtime.command_line import Ready, away_ends, console, counting, fail, settings_of
 
 
 def reconcile(ready_file: Ready = None) -> None:
@@ -23,10 +23,8 @@ def reconcile(ready_file: Ready = None) -> None:
     from workers.reconciler import reconcile_once
 
     settings = settings_of(ready_file, "redis_url", "postgres_url")
-    try:
+    with away_ends("reconcile"):
         report = asyncio.run(reconcile_once(settings))
-    except AWAY as error:
-        fail(f"could not reconcile: {type(error).__name__}: {error}", 3)
     for difference in report.differences[:100]:
         console.print(
             f"{difference.portfolio_id} {difference.figure}: expected {difference.expected}, found {difference.found}",
@@ -73,11 +71,8 @@ def produce_file(file: Path, name: str, produce: Callable[..., Coroutine[Any, An
     """Produce the lines of a file, with progress; ends the program."""
     with file.open("rb") as lines:
         total = sum(1 for line in lines if line.strip())
-    with counting("acknowledged") as progress, file.open("rb") as lines:
-        try:
-            acknowledged = asyncio.run(produce(lines, lambda count: progress(count, total)))
-        except AWAY as error:
-            fail(f"could not produce: {type(error).__name__}: {error}", 3)
+    with away_ends("produce"), counting("acknowledged") as progress, file.open("rb") as lines:
+        acknowledged = asyncio.run(produce(lines, lambda count: progress(count, total)))
     console.print(f"{acknowledged} of {total} {name} acknowledged", highlight=False)
     raise typer.Exit(0 if acknowledged == total else 1)
 
@@ -94,11 +89,31 @@ def load(
 
     settings = settings_of(ready_file, "postgres_url")
     try:
-        loaded = asyncio.run(load_assets(settings, file.read_text()))
+        with away_ends("load"):
+            loaded = asyncio.run(load_assets(settings, file.read_text()))
     except ValueError as error:
         fail(f"{file}: {error}")
-    except AWAY as error:
-        fail(f"could not load: {type(error).__name__}: {error}", 3)
     unchanged = loaded.count - loaded.added - loaded.reclassified
     figures = f"{loaded.added} added, {loaded.reclassified} reclassified, {unchanged} unchanged"
     console.print(f"{loaded.count} assets: {figures}", highlight=False)
+
+
+def verify_awards(
+    portfolio: Annotated[str | None, typer.Option(help="Only this one.")] = None, ready_file: Ready = None
+) -> None:
+    """Derive every award again from the ledger, the prices of its evidence, classifications and snapshots; name what
+    was awarded without proof, what does not come out, and what is deserved and missing. Exit 1 when there is any, 3
+    when the server is away.
+
+    Example: `navstream badges verify --ready-file ready.json`
+    """
+    from workers.badge_commands import print_fault, print_verified, verify_badges
+
+    settings, began_s = settings_of(ready_file, "postgres_url"), time.monotonic()
+    try:
+        with away_ends("read the awards"), counting("portfolios") as progress:
+            verified = asyncio.run(verify_badges(settings, portfolio, print_fault, progress))
+    except KeyError:
+        fail(f"there is no portfolio {portfolio}")
+    print_verified(verified, time.monotonic() - began_s)
+    raise typer.Exit(1 if verified.faults_count else 0)

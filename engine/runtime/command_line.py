@@ -58,3 +58,17 @@ def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=errors) as shown:
         task = shown.add_task(unit, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+@contextmanager
+def away_ends(what: str) -> Iterator[None]:
+    """When a server is away, end with status 3 and one line that says what could not be done."""
+    try:
+        yield
+    except Exception as error:
+        # Drivers take a second to load, which a command that only answers need not wait for.
+        from engine.runtime.connections import AWAY
+
+        if not isinstance(error, AWAY):
+            raise
+        fail(f"could not {what}: {type(error).__name__}: {error}", 3)
