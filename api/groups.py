@@ -237,7 +237,7 @@ class Group:
             self.awaiting.remove(member)
             self._take_when_writable(member, now_s)
             return
-        wait_s = await_s(self.cell.count - member.base_count, now_s - member.sent_s)
+        wait_s = await_s(self.cell.count - member.base_count, now_s - member.sent_s, member.interval_s)
         if not wait_s:
             self._take_when_writable(member, now_s)
             return

@@ -36,18 +36,20 @@ INTERVAL_MAX_S = 1e9
 AWAITED_MARKS_MIN = 5
 AWAITED_DISTANCES = 5
 AWAITED_PART = 0.5
+# A process that comes to an edge so late is too busy for the work of waiting, and has waited.
+LATE_S = 0.02
 
 Update = TypeVar("Update")
 
 
-def await_s(marks_count: int, elapsed_s: float) -> float:
+def await_s(marks_count: int, elapsed_s: float, interval_s: float) -> float:
     """How long the next mark is awaited at a trailing edge, when so many came in the time since the last message.
 
     Whatever leaves at the edge is as old as the last mark is by then, and stays on screen for an interval; the next one
     would leave fresh. For marks at random instants, a mean distance d apart, and an interval of T, what a viewer sees
     is then (T + d)/2 + d²/2(T + d) old on average instead of T/2 + d.
     """
-    if marks_count < AWAITED_MARKS_MIN:
+    if marks_count < AWAITED_MARKS_MIN or elapsed_s > interval_s + LATE_S:
         return 0.0
     return min(AWAITED_DISTANCES / marks_count, AWAITED_PART) * elapsed_s
 
@@ -77,7 +79,7 @@ class Pace:
             await asyncio.sleep(rest_s)
             if watch is not None:
                 self._signal.clear()
-                wait_s = await_s(unsent_count + watch.waiting_count(), self._now() - self._sent_at)
+                wait_s = await_s(unsent_count + watch.waiting_count(), self._now() - self._sent_at, self.interval_s)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
                         await self._signal.wait()

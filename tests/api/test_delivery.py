@@ -11,6 +11,7 @@ import pytest
 from api.delivery import LiveOperation
 from api.groups import Member, Projection, State
 from engine.stores.ledger_reads import PortfolioIdentity
+from resolvers.streams import await_s
 from tests.api.two_ways import HEARTBEAT_S, INTERVAL_S, PLACE, SEND_TIMEOUT_S, STEP_S, TestOutlet, TwoWays
 from tests.builders import MICRO, MarkRow
 from tests.virtual_time import run_virtually
@@ -131,6 +132,11 @@ def test_where_many_marks_come_the_next_one_is_awaited(many: int, comes: bool, a
         assert not len(ways.deliveries._wheel)
 
     run_virtually(play())
+
+
+def test_a_process_that_is_late_does_not_wait_on() -> None:
+    assert await_s(20, INTERVAL_S + 0.01, INTERVAL_S) == pytest.approx((INTERVAL_S + 0.01) / 4)
+    assert await_s(20, INTERVAL_S + 0.03, INTERVAL_S) == 0
 
 
 @pytest.mark.parametrize("leaves", [True, False])
