@@ -123,7 +123,7 @@ def scale_number(value: Decimal, scale: Fraction, name: str) -> Decimal:
 
 def from_micro(micro: int) -> Decimal:
     """Micro-units as an exact Decimal with six decimals."""
-    return Decimal(micro).scaleb(-MICRO_DIGITS, context=EXACT)
+    return EXACT.multiply(micro, _MICRO_QUANTUM)
 
 
 def to_micro(amount: Decimal) -> int:
@@ -155,7 +155,9 @@ def plain(value: Decimal) -> str:
     """The decimal as plain text: no exponent, no trailing zeros, no negative zero."""
     if not value:
         return "0"
-    text = format(value, "f")
+    text = str(value)
+    if "E" in text:
+        text = format(value, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 

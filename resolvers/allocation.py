@@ -3,6 +3,7 @@ field, at present or as of an instant, and as a stream."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -81,7 +82,7 @@ class AllocationUpdate:
 
 async def load_allocation(context: Context, place: tuple[int, str]) -> Allocation:
     """Raises PublicError NOT_READY."""
-    valued, at_last_fill = await context.hot.valued_positions(place), await context.hot.sectors(place)
+    valued, at_last_fill = await asyncio.gather(context.hot.valued_positions(place), context.hot.sectors(place))
     if valued is None:
         raise not_ready()
     assets = await context.hot.assets(valued.symbols)

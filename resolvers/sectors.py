@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from decimal import Decimal
 
 import strawberry
@@ -35,7 +36,7 @@ class SectorSlice:
 
 async def load_sectors(context: Context, place: tuple[int, str]) -> list[SectorSlice]:
     """Slices, largest weight first; none without positions. Raises PublicError NOT_READY."""
-    valued, at_last_fill = await context.hot.valued_positions(place), await context.hot.sectors(place)
+    valued, at_last_fill = await asyncio.gather(context.hot.valued_positions(place), context.hot.sectors(place))
     if valued is None:
         raise not_ready()
     assets = await context.hot.assets(valued.symbols)

@@ -19,7 +19,7 @@ import msgspec
 SECOND_NS = 1_000_000_000
 HOUR_NS = 3_600 * SECOND_NS
 DAY_NS = 24 * HOUR_NS
-_EPOCH = date(1970, 1, 1)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Clock(Protocol):
@@ -82,16 +82,16 @@ def is_over(clock: Clock) -> bool:
 
 
 def plan_market_clock(dates: list[date], speed_milli: int, wall_start_ns: int) -> str:
-    days = [(day - _EPOCH).days for day in sorted(set(dates))]
+    days = [(day - _EPOCH.date()).days for day in sorted(set(dates))]
     return msgspec.json.encode(MarketClockPlan(wall_start_ns, speed_milli, days)).decode()
 
 
 def to_datetime(ns: int) -> datetime:
     """Nanoseconds since 1970 as an aware UTC datetime (microsecond resolution)."""
-    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=ns // 1_000)
+    return _EPOCH + timedelta(microseconds=ns // 1_000)
 
 
 def to_ns(instant: datetime) -> int:
     """An aware datetime as nanoseconds since 1970, exactly."""
-    delta = instant - datetime(1970, 1, 1, tzinfo=UTC)
+    delta = instant - _EPOCH
     return (delta.days * 86_400 + delta.seconds) * SECOND_NS + delta.microseconds * 1_000

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import gc
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from types import FunctionType
+from typing import Any
 
 import pytest
 from msgspec.structs import replace as replace_struct
@@ -18,6 +20,7 @@ from engine.marks import MarkQuality
 from engine.messages import Quote
 from engine.runtime.clock import WallClock, to_ns
 from engine.sectors import SectorValue
+from engine.stores.hot_state_reads import HotState, HotStateReads
 from resolvers.loaders import HotLoader
 from tests.builders import MICRO, MarkRow, held
 from tests.gateway import Gateway
@@ -498,6 +501,27 @@ async def test_answers_are_the_same_with_and_without_the_short_way(
     assert (await gateway.post(query, {"id": portfolio_id, "yes": True})).json() == short
     assert "errors" not in short
     assert list(short["data"]["portfolio"]["a"]) == ["__typename", "nav", "quality", "asOf", "epoch"]
+
+
+async def test_a_dashboard_reads_hot_state_twice(
+    gateway: Gateway, shard: int, portfolio_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First what the portfolio has, then the quotes of what it holds: no field waits for another's reading."""
+    await mark(gateway, shard, portfolio_id)
+    await gateway.redis.positions(shard, portfolio_id, {"AAPL": held("10", 1_000)})
+    query = """query($id: String!) { portfolio(portfolioId: $id) { valuation { nav } %s
+        positions(first: 5) { edges { node { marketValue } } } equityCurve(range: DAYS_7) { points { nav } } } }"""
+    reading, asked = HotStateReads.read, []
+
+    async def read(reads: HotStateReads, **wanted: Iterable[Any]) -> HotState:
+        asked.append({name for name, places in wanted.items() if list(places)})
+        return await reading(reads, **wanted)
+
+    monkeypatch.setattr(HotStateReads, "read", read)
+    for field in ("sectorAllocation { sector }", "allocation { grossExposure }"):
+        asked.clear()
+        await gateway.ask(query % field, {"id": portfolio_id})
+        assert asked == [{"marks", "positions", "sectors"}, {"quotes"}]
 
 
 async def test_a_query_leaves_no_cycles_to_be_collected(gateway: Gateway, shard: int, portfolio_id: str) -> None:
