@@ -36,11 +36,11 @@ from api.middleware import BodyLimit, RequestIds
 from api.projection import compile_projection
 from api.socket_protocol import HttpProtocol, SocketProtocol
 from engine.assets import AssetClass
+from engine.markets import Markets
 from engine.runtime.addresses import HostNames
 from engine.runtime.clock import Clock, WallClock
 from engine.runtime.connections import RedisClient, connect_postgres, connect_redis, make_producer, wait_until
 from engine.runtime.settings import Settings
-from engine.sessions import Markets
 from engine.stores import redis_keys
 from engine.stores.as_of_reads import AsOfReads
 from engine.stores.badge_reads import BadgeReads

@@ -9,11 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from engine.instants import SECOND_NS
+
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-
-
 _DELIVERY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_SECOND_NS = 1_000_000_000
 
 
 class StageTimes(Collector):
@@ -94,10 +93,10 @@ class Metrics:
     def observe_heard(self, heard_ns: int, sent_ns: int) -> None:
         """A frame with marks was heard. Nothing is known of one that does not say when it was sent."""
         if sent_ns:
-            self.delivery.observe("sent_heard", max(0, heard_ns - sent_ns) / _SECOND_NS)
+            self.delivery.observe("sent_heard", max(0, heard_ns - sent_ns) / SECOND_NS)
 
     def observe_written(self, written_ns: int, heard_ns: int, event_ns: int, count: int) -> None:
         """So many messages of one frame were written; `event_ns` is 0 where it is no instant of wall time."""
-        self.delivery.observe("heard_written", max(0, written_ns - heard_ns) / _SECOND_NS, count)
+        self.delivery.observe("heard_written", max(0, written_ns - heard_ns) / SECOND_NS, count)
         if event_ns:
-            self.delivery.observe("event_written", max(0, written_ns - event_ns) / _SECOND_NS, count)
+            self.delivery.observe("event_written", max(0, written_ns - event_ns) / SECOND_NS, count)

@@ -27,8 +27,8 @@ from graphql import FieldNode, GraphQLError, GraphQLObjectType, GraphQLResolveIn
 
 from engine.amounts import MICRO_DIGITS, scaled_text
 from engine.explain import PARTS, SUMS, differences
+from engine.instants import to_datetime
 from engine.marks import MARK, RATIO_DIGITS, UNKNOWN, MarkQuality, Row
-from engine.runtime.clock import to_datetime
 from resolvers.context import Info
 from resolvers.mark_messages import ChangeField, Fields, MarkField, Shown
 from resolvers.nav import NAV_FIELDS, NavUpdate

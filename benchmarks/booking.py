@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from benchmarks.report import Figure, Report
 from engine.booking import DeadLetter, Record
-from engine.runtime.clock import to_datetime
+from engine.instants import to_datetime
 from engine.runtime.connections import make_engine, postgres_dsn
 from engine.runtime.embedded import start_embedded
 from engine.runtime.reaper import ChildProcesses

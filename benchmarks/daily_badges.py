@@ -22,11 +22,11 @@ from benchmarks.report import Figure, Report, quantile
 from benchmarks.seed_load import Load, fill_database, make_load
 from engine.assets import AssetClass
 from engine.badges import load_rules
+from engine.markets import Markets
 from engine.runtime.connections import make_engine, postgres_dsn
 from engine.runtime.embedded import start_embedded
 from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings
-from engine.sessions import Markets
 from engine.stores.badges_postgres import sync_rules
 from engine.stores.migrate import upgrade
 from engine.stores.shards_postgres import Shards

@@ -33,8 +33,8 @@ import uvloop
 from api.auth import issue_token
 from benchmarks.dashboard import post
 from benchmarks.report import Figure, Report, quantile
+from engine.instants import to_ns
 from engine.marks import MARK, FrameHeader, encode_frame
-from engine.runtime.clock import to_ns
 from engine.runtime.connections import connect_postgres, connect_redis, make_engine
 from engine.runtime.embedded import start_embedded
 from engine.runtime.embedded_start import free_port

@@ -23,12 +23,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from importlib.resources import files
 
 import msgspec
 
+from engine.instants import to_datetime
 from engine.messages import EventRejected, check_symbol
 
 HEADER = ("symbol", "name", "asset_class", "sector", "industry")
@@ -68,8 +69,7 @@ class Classification(msgspec.Struct, frozen=True, array_like=True):
     effective_at_ns: int
 
     def asset(self, symbol: str) -> Asset:
-        since_s, since_ns = divmod(self.effective_at_ns, 1_000_000_000)
-        since = datetime.fromtimestamp(since_s, UTC).replace(microsecond=since_ns // 1_000) if since_s else None
+        since = to_datetime(self.effective_at_ns) if self.effective_at_ns else None
         return Asset(symbol, self.name, self.asset_class, self.sector, self.industry, self.version, since)
 
 

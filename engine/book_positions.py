@@ -24,7 +24,7 @@ from engine.marks import MarkQuality
 from engine.messages import Condition
 from engine.positions import carried_value
 
-# What a source says of its price; what becomes of it with time is for engine.sessions to say.
+# What a source says of its price; what becomes of it with time is for engine.markets to say.
 _LIVE = int(MarkQuality.LIVE)
 _SAID = {"": MarkQuality.LIVE, "DELAYED": MarkQuality.DELAYED, "HALTED": MarkQuality.HALTED}
 

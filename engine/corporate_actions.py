@@ -34,6 +34,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from engine.amounts import AmountError, parse_number, plain, scale_number
+from engine.instants import to_ns
 from engine.ledger import LedgerKind, write_scale
 from engine.messages import (
     CURRENCIES,
@@ -48,7 +49,6 @@ SCALE_TERM_MAX = 1_000_000
 YEARS = range(1970, 2200)
 _EXCHANGE_ZONE = ZoneInfo("America/New_York")
 _OPEN = time(9, 30)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class _Action(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", kw_only=True):
@@ -84,8 +84,7 @@ class Split:
 
     @property
     def effective_at_ns(self) -> int:
-        since = self.effective_at - _EPOCH
-        return (since.days * 86_400 + since.seconds) * 1_000_000_000 + since.microseconds * 1_000
+        return to_ns(self.effective_at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ from datetime import date, datetime, time, timedelta
 from functools import cache, lru_cache
 from zoneinfo import ZoneInfo, available_timezones
 
-from engine.sessions import UnknownExchangeError, instant_of, ns_of, sessions_of
+from engine.instants import to_datetime, to_ns
+from engine.sessions import UnknownExchangeError, sessions_of
 
 TEXT_LENGTH_MAX = 64
 CUTS_COUNT_MAX = 4_096  # remembered at once: 72 exchanges, and a dozen times of day in each zone that is in use
@@ -95,11 +96,11 @@ def _exchange_cut(text: str) -> DayCut:
 
 def _clock_cuts(at: time, zone: ZoneInfo) -> Callable[[int], tuple[int, int]]:
     def cut_of(day: date) -> int:
-        return ns_of(datetime.combine(day, at, zone))
+        return to_ns(datetime.combine(day, at, zone))
 
     def around(now_ns: int) -> tuple[int, int]:
         # Two days each way, for a cut that a gap moves into the next day and for a day that was left out.
-        today = instant_of(now_ns).astimezone(zone).date()
+        today = to_datetime(now_ns).astimezone(zone).date()
         cuts = [cut_of(today + _DAY * offset) for offset in range(-2, 3)]
         return max(cut for cut in cuts if cut <= now_ns), min(cut for cut in cuts if cut > now_ns)
 

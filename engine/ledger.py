@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
@@ -36,6 +36,7 @@ from typing import Any
 import msgspec
 
 from engine.amounts import plain
+from engine.instants import to_ns
 
 CHAIN_START = bytes(32)
 
@@ -110,12 +111,10 @@ def write_scale(scale: Fraction) -> str:
 
 
 _hashed = attrgetter(*(name for name in LedgerEntry.__struct_fields__ if name != "hash"))
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _instant(value: datetime) -> bytes:
-    since = value - _EPOCH
-    return b"%d" % ((since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds)
+    return b"%d" % (to_ns(value) // 1_000)
 
 
 def _whole(value: int) -> bytes:

@@ -61,7 +61,7 @@ MarkArray = NDArray[np.void]
 
 
 class MarkQuality(IntEnum):
-    """How good the prices behind a figure are; a NAV carries the worst (largest) of its positions (engine.sessions)."""
+    """How good the prices behind a figure are; a NAV carries the worst (largest) of its positions (engine.markets)."""
 
     LIVE = 0
     CLOSED = 1

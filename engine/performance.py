@@ -56,14 +56,13 @@ import numpy as np
 
 from engine.amounts import average, ratio
 from engine.equity_curve import INDEX_NOISE, RATIO_MAX, CurvePoint, Flow, present_ratio
+from engine.instants import DAY_NS
 from engine.sessions import Sessions
 
 DAYS_COUNT_MIN = 20
 GAP_DAYS_MAX = 4  # a long weekend: Thursday's last point to Monday's
 DAYS_PER_YEAR = 365
 SESSIONS_PER_YEAR = 252
-SECOND_NS = 1_000_000_000
-DAY_NS = 86_400 * SECOND_NS
 
 # XIRR is sought as x = ln(1 + r), which bounds both sides alike: r from −1 + 10⁻¹⁵ to 10¹⁵.
 _LOG_RATE_STEP = 0.001

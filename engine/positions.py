@@ -12,7 +12,7 @@ nothing is known to have moved. A position opened today has a day base of its no
 The quantity is in the shares of today. A quote stamped before a split is a price of other shares and divided by the
 split's ratio; one that vanishes by that, or leaves the exact range, is none.
 
-Quality is engine.sessions'. The share of a quality is Σ |value| of its positions / Σ |value| of all, so shares are ≥ 0
+Quality is engine.markets'. The share of a quality is Σ |value| of its positions / Σ |value| of all, so shares are ≥ 0
 and sum to 1 also with short positions; positions worth nothing have no shares.
 """
 
@@ -27,9 +27,11 @@ import msgspec
 
 from engine.amounts import EXACT, AmountError, average, ratio, value_micro
 from engine.corporate_actions import Split, parse_scale, price_after
+from engine.instants import to_datetime
+from engine.markets import quality_of
 from engine.marks import MarkQuality
 from engine.messages import Quote
-from engine.sessions import Sessions, instant_of, quality_of
+from engine.sessions import Sessions
 
 
 class HotPosition(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -144,7 +146,7 @@ def todays_price(quote: Quote, splits: tuple[tuple[int, str], ...]) -> Decimal |
 
 @lru_cache(maxsize=4_096)
 def _parse_splits(splits: tuple[tuple[int, str], ...]) -> tuple[Split, ...]:
-    return tuple(Split(instant_of(effective_at_ns), parse_scale(scale)) for effective_at_ns, scale in splits)
+    return tuple(Split(to_datetime(effective_at_ns), parse_scale(scale)) for effective_at_ns, scale in splits)
 
 
 def quality_shares(positions: Iterable[PositionValuation]) -> list[QualityShare]:

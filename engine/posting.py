@@ -16,6 +16,7 @@ from engine.amounts import plain
 from engine.book import Account, Book, Holding
 from engine.booking import Booked
 from engine.corporate_actions import Split
+from engine.instants import to_ns
 from engine.ledger import EXTERNAL_FLOWS, LedgerEntry, LedgerKind, write_scale
 from engine.pnl import DayBase
 from engine.portfolio import Portfolio, Position
@@ -75,14 +76,13 @@ def allocation(book: Book, portfolio_id: str, sector_of: SectorOf) -> dict[str, 
 
 def hot_position(held: Position, day_base: int, splits: Sequence[Split]) -> HotPosition:
     """`splits`: all of the symbol's that are in the quantity."""
-    opened_at_ns = int(held.opened_at.timestamp()) * 1_000_000_000 + held.opened_at.microsecond * 1_000
     told = tuple((split.effective_at_ns, write_scale(split.scale)) for split in splits)
     return HotPosition(
         plain(held.quantity),
         held.cost,
         held.realized,
         day_base,
-        opened_at_ns,
+        to_ns(held.opened_at),
         held.fees,
         held.opened_sequence,
         told,

@@ -58,12 +58,13 @@ from msgspec.structs import replace
 
 from engine.amounts import DECIMALS_MAX, DIGITS_MAX, AmountError, parse_number, plain
 from engine.assets import AssetClass
+from engine.instants import SECOND_NS
+from engine.markets import Markets
 from engine.messages import Condition, EventRejected, Quote, check_symbol
-from engine.sessions import Markets
 
 SOURCES_COUNT_MAX = 16  # a process reads one feed; a feed that relays others names a handful
 # The official close is published a few minutes after a session has closed.
-CLOSING_TOLERANCE_NS = 15 * 60 * 1_000_000_000
+CLOSING_TOLERANCE_NS = 15 * 60 * SECOND_NS
 SEQUENCE_MAX = 2**63 - 1  # what a signed 64-bit wire field holds
 # One or two may be strays with a wrong instant; a source that began anew is heard again with its third quote.
 RESTART_QUOTES_COUNT = 3

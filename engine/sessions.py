@@ -1,4 +1,4 @@
-"""When exchanges trade, and what that makes of a price's age.
+"""When exchanges trade.
 
 A session is [open, close) of one trading day: at its close an exchange is closed already, unless the next session
 opens at that instant. Breaks (lunch in Tokyo) are not closes: a session with a break is one session, open throughout.
@@ -6,17 +6,9 @@ Sessions come from the calendars of exchange_calendars with their holidays and e
 or as much of that as is recorded there. Before the first and after the last of them an exchange trades on every day of
 its usual week at the hours of the last one: no holidays are known there, and no instant is an error.
 
-Quality of a price, worst last in engine.marks.MarkQuality (`age` is now − its instant):
-
-    MISSING   there never was one
-    HALTED    its last quote says so, at any age and hour: only a later quote ends a halt
-    DELAYED   its last quote says so and age ≤ stale_after + DELAY_MAX: that source is always behind
-    LIVE      age ≤ stale_after, whatever the calendar says: somebody trades
-    CLOSED    older, its market is closed now, and the price is of the last session (not before that opened)
-    STALE     older, while its market is open or of a session before the last; or of a market that never closes
-
 exchange_calendars brings pandas (about a second and 85 MB), so it is imported here alone, and when the first exchange
-is asked for: whoever needs sessions makes its `Markets` while it starts. What is kept of an exchange is two arrays.
+is asked for: whoever needs sessions makes its `Markets` (engine.markets) while it starts. What is kept of an exchange
+is two arrays.
 """
 
 from __future__ import annotations
@@ -24,29 +16,19 @@ from __future__ import annotations
 import warnings
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, time, timedelta, tzinfo
+from datetime import date, datetime, time, timedelta, tzinfo
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import msgspec
 
-from engine.marks import MarkQuality
-
-if TYPE_CHECKING:
-    # engine.messages asks engine.day_cuts, which asks this module.
-    from engine.assets import AssetClass
-    from engine.messages import Condition
+from engine.instants import to_datetime, to_ns
 
 FIRST_DAY, LAST_DAY = date(1990, 1, 1), date(2050, 1, 1)
 SAMPLE_DAYS = date(2022, 1, 3), date(2022, 1, 28)  # recorded for every exchange
-# Exchanges give their prices away 15 minutes late, some 20.
-DELAY_MAX_NS = 20 * 60 * 1_000_000_000
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
 _DAY = timedelta(days=1)
 # Of a usual week, any instant's neighbours lie nearer than this, also where a zone skips a day.
 _WEEK_DAYS = 9
@@ -84,7 +66,7 @@ class UsualWeek:
 
     def around(self, now_ns: int) -> list[tuple[int, int]]:
         """(open, close) of the unrecorded days near an instant, ascending."""
-        today = instant_of(now_ns).astimezone(self.zone).date()
+        today = to_datetime(now_ns).astimezone(self.zone).date()
         days = (today + _DAY * offset for offset in range(-_WEEK_DAYS, _WEEK_DAYS + 1))
         return [
             (self._at(day, self.opens), self._at(day, self.closes))
@@ -93,7 +75,7 @@ class UsualWeek:
         ]
 
     def _at(self, day: date, since_midnight: timedelta) -> int:
-        return ns_of((datetime.combine(day, time()) + since_midnight).replace(tzinfo=self.zone))
+        return to_ns((datetime.combine(day, time()) + since_midnight).replace(tzinfo=self.zone))
 
 
 @dataclass(eq=False, slots=True)
@@ -247,61 +229,3 @@ def _extract(exchange: str, calendar: Any) -> Sessions:
 
 def _since_midnight(at: time, days: int) -> timedelta:
     return timedelta(days=int(days), hours=at.hour, minutes=at.minute)
-
-
-class Markets:
-    """Which sessions an asset class has: {class: exchange}; a class that is not there, or with "", never closes.
-
-    Reads the calendars at once. Raises UnknownExchangeError.
-    """
-
-    def __init__(self, calendars: Mapping[AssetClass, str]) -> None:
-        self._sessions = {asset_class: sessions_of(name) for asset_class, name in calendars.items() if name}
-
-    def sessions(self, asset_class: AssetClass) -> Sessions | None:
-        """None: always open."""
-        return self._sessions.get(asset_class)
-
-    def is_open(self, asset_class: AssetClass, at_ns: int) -> bool:
-        sessions = self._sessions.get(asset_class)
-        return sessions is None or sessions.is_open(at_ns)
-
-    def quality(
-        self,
-        asset_class: AssetClass,
-        ts_event_ns: int | None,
-        condition: Condition,
-        now_ns: int,
-        stale_after_ns: int,
-    ) -> MarkQuality:
-        """The quality of a class's price stamped `ts_event_ns` (None: there never was one), seen at `now_ns`."""
-        return quality_of(ts_event_ns, condition, self._sessions.get(asset_class), now_ns, stale_after_ns)
-
-
-def quality_of(
-    ts_event_ns: int | None, condition: Condition, sessions: Sessions | None, now_ns: int, stale_after_ns: int
-) -> MarkQuality:
-    """By the module's table; without `sessions` the market never closes."""
-    if ts_event_ns is None:
-        return MarkQuality.MISSING
-    if condition == "HALTED":
-        return MarkQuality.HALTED
-    age_ns = now_ns - ts_event_ns
-    if condition == "DELAYED" and age_ns <= stale_after_ns + DELAY_MAX_NS:
-        return MarkQuality.DELAYED
-    if age_ns <= stale_after_ns:
-        return MarkQuality.LIVE
-    if sessions is not None:
-        around = sessions.around(now_ns)
-        if not around.is_open and ts_event_ns >= around.last_open_ns:
-            return MarkQuality.CLOSED
-    return MarkQuality.STALE
-
-
-def instant_of(ns: int) -> datetime:
-    """In UTC, whole microseconds downwards."""
-    return _EPOCH + timedelta(microseconds=ns // 1_000)
-
-
-def ns_of(instant: datetime) -> int:
-    return (instant - _EPOCH) // _MICROSECOND * 1_000

@@ -13,7 +13,7 @@ from decimal import Decimal
 import strawberry
 
 from engine.amounts import from_micro, present
-from engine.runtime.clock import to_datetime
+from engine.instants import to_datetime
 from engine.sectors import Allocation as Allocated
 from engine.sectors import SectorValue, Slice, allocation_of, slices_of
 from resolvers.context import Context, Info

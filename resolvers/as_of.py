@@ -15,10 +15,11 @@ from engine.as_of import NOTHING_BEFORE, Cycle, DayStart, LedgerState, hot_posit
 from engine.assets import Asset
 from engine.day_cuts import parse_day_cut
 from engine.explain import Worth
+from engine.instants import SECOND_NS, to_datetime, to_ns
 from engine.marks import Mark, MarkQuality
 from engine.messages import Quote
 from engine.positions import HotPosition, PositionValuation, value_position
-from engine.runtime.clock import SECOND_NS, Clock, to_datetime, to_ns
+from engine.runtime.clock import Clock
 from engine.sectors import SectorValue
 from engine.stores.as_of_reads import AsOfReads, Baseline, PastLedger
 from engine.stores.hot_state_reads import HotStateReads, Place

@@ -21,8 +21,8 @@ import strawberry
 
 from engine.badges import Evidence, Facts, Rule
 from engine.badges import figure as figure_of
+from engine.instants import to_datetime
 from engine.marks import Mark, MarkQuality
-from engine.runtime.clock import to_datetime
 from engine.stores.badge_reads import Award, BookedEvent, Counts, RuleKey
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context, Info

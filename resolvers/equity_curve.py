@@ -24,7 +24,7 @@ from engine.equity_curve import (
     resolution_of,
     thin,
 )
-from engine.runtime.clock import to_datetime, to_ns
+from engine.instants import to_datetime, to_ns
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context
 from resolvers.enums import EquityCurveRange, MarkQuality, Resolution

@@ -12,7 +12,7 @@ import strawberry
 from engine.amounts import from_micro, ratio
 from engine.explain import Explanation as Explained
 from engine.explain import Row, Worth, explain, grouped, largest, settle
-from engine.runtime.clock import SECOND_NS, to_datetime, to_ns
+from engine.instants import SECOND_NS, to_datetime, to_ns
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.as_of import PricedState
 from resolvers.assets import Asset, show_asset

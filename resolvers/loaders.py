@@ -20,12 +20,14 @@ from typing import Literal, cast
 from strawberry.dataloader import DataLoader
 
 from engine.assets import Asset, AssetClass, load_catalogue, unclassified
+from engine.instants import SECOND_NS
+from engine.markets import Markets
 from engine.marks import Mark
 from engine.messages import Quote
 from engine.positions import HotPosition, PositionValuation, value_position
-from engine.runtime.clock import SECOND_NS, Clock
+from engine.runtime.clock import Clock
 from engine.sectors import SectorValue
-from engine.sessions import Markets, Sessions
+from engine.sessions import Sessions
 from engine.stores.assets_postgres import classified_at, get_assets, list_assets, versions_after
 from engine.stores.hot_state_reads import HotStateReads, Place
 from engine.stores.ledger_reads import LedgerReads, PoolSource, PortfolioIdentity

@@ -19,8 +19,8 @@ from typing import Any
 import strawberry
 
 from engine.amounts import EXACT, from_micro
+from engine.instants import to_datetime
 from engine.marks import RATIO_SCALE, Mark
-from engine.runtime.clock import to_datetime
 from resolvers.enums import MarkQuality
 from resolvers.stream_kind import StreamKind
 

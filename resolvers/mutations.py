@@ -25,6 +25,7 @@ import strawberry
 import uuid_utils
 
 from engine.amounts import plain
+from engine.instants import to_datetime
 from engine.ledger import CORPORATE, LedgerKind
 from engine.messages import (
     IDENTIFIER_LENGTH_MAX,
@@ -36,7 +37,6 @@ from engine.messages import (
     ReversalEvent,
     check_event,
 )
-from engine.runtime.clock import to_datetime
 from engine.stores.events_kafka import ProducerAwayError
 from engine.stores.ledger_reads import PortfolioIdentity, ShownEntry
 from resolvers.context import SCOPE_LEDGER_WRITE, Context, Info

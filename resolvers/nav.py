@@ -9,9 +9,9 @@ from decimal import Decimal
 import strawberry
 
 from engine.amounts import from_micro, present
+from engine.instants import to_datetime
 from engine.marks import Mark
 from engine.positions import PositionValuation, quality_shares
-from engine.runtime.clock import to_datetime
 from resolvers.context import Context, Info
 from resolvers.enums import MarkQuality
 from resolvers.errors import ErrorCode, PublicError

@@ -10,8 +10,8 @@ import strawberry
 
 from engine.assets import AssetClass
 from engine.equity_curve import present_ratio
+from engine.instants import DAY_NS, to_datetime
 from engine.performance import (
-    DAY_NS,
     DAYS_PER_YEAR,
     SESSIONS_PER_YEAR,
     DayReturn,
@@ -19,7 +19,6 @@ from engine.performance import (
     measure,
 )
 from engine.performance import Performance as Measured
-from engine.runtime.clock import to_datetime
 from engine.sessions import sessions_of
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context, Info

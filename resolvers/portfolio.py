@@ -12,7 +12,7 @@ from typing import Annotated
 
 import strawberry
 
-from engine.runtime.clock import to_datetime, to_ns
+from engine.instants import to_datetime, to_ns
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.allocation import Allocation, load_allocation
 from resolvers.as_of import PastLoader

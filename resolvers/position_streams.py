@@ -13,10 +13,10 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TypeVar
 
+from engine.instants import SECOND_NS
 from engine.marks import Mark
 from engine.messages import Quote
 from engine.positions import HotPosition, PositionValuation, value_position
-from engine.runtime.clock import SECOND_NS
 from engine.sectors import SectorValue
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context, QuoteWatch

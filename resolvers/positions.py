@@ -12,8 +12,8 @@ from enum import StrEnum
 import strawberry
 
 from engine.amounts import from_micro
+from engine.instants import to_datetime
 from engine.positions import PositionValuation
-from engine.runtime.clock import to_datetime
 from engine.stores.ledger_reads import HeldCycle
 from resolvers.assets import Asset, show_asset
 from resolvers.context import SCOPE_LEDGER_READ, Context, Info

@@ -9,10 +9,10 @@ from decimal import Decimal
 
 import strawberry
 
+from engine.instants import SECOND_NS, to_datetime
+from engine.markets import quality_of
 from engine.messages import EventRejected, check_symbol
 from engine.messages import Quote as EngineQuote
-from engine.runtime.clock import SECOND_NS, to_datetime
-from engine.sessions import quality_of
 from resolvers.context import SCOPE_PORTFOLIO_READ, Context, Info
 from resolvers.enums import MarkQuality
 from resolvers.errors import ErrorCode, PublicError

@@ -13,7 +13,7 @@ import strawberry
 
 from engine.amounts import from_micro
 from engine.as_of import sum_effects
-from engine.runtime.clock import to_datetime
+from engine.instants import to_datetime
 from engine.stores.ledger_reads import PortfolioIdentity
 from resolvers.context import Context
 from resolvers.errors import ErrorCode, PublicError

@@ -14,10 +14,10 @@ import pytest
 from engine.assets import AssetClass
 from engine.book import Account, Book, Holding
 from engine.corporate_actions import Split
+from engine.instants import to_ns
 from engine.marks import Mark, decode_frame, decode_mark
 from engine.messages import Condition, Quote
 from engine.pnl import DayBase
-from engine.runtime.clock import to_ns
 from engine.runtime.settings import Settings
 from engine.stores.hot_state_redis import HotStateWriter
 from engine.stores.ledger_postgres import Lease

@@ -22,12 +22,12 @@ from engine.amounts import parse_number, scale_number
 from engine.book import Book, Holding
 from engine.booking import AppliedSplit, Batch, Booked, DueStep, Holder, Known, Record, StepPrices, book_step
 from engine.corporate_actions import Split, Step, parse_scale, price_after, scale_since
+from engine.instants import to_ns
 from engine.ledger import EXTERNAL_FLOWS, LedgerEntry, LedgerKind, Side
 from engine.marks import RATIO_SCALE, Mark, MarkQuality, decode_mark
 from engine.pnl import day_base_since
 from engine.portfolio import ClosedPosition, Portfolio, check_invariants, fold, value_portfolio
 from engine.posting import PositionsChange, account, post
-from engine.runtime.clock import to_ns
 from tests.oracle import Cycle, Oracle
 
 AT = datetime(2026, 11, 20, 15, 0, tzinfo=UTC)

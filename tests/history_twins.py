@@ -11,8 +11,8 @@ from decimal import Decimal
 import asyncpg
 import pytest
 
+from engine.instants import to_ns
 from engine.marks import FrameHeader, encode_frame
-from engine.runtime.clock import to_ns
 from engine.stores.migrate import upgrade
 from engine.stores.snapshots_reads import has_daily_aggregate
 from engine.stores.snapshots_timescale import SnapshotStore, read_snapshot

@@ -20,10 +20,10 @@ from engine.amounts import scale_number
 from engine.corporate_actions import Split, Step, price_after
 from engine.entries import draft_accrual, draft_event, draft_payment, draft_reversal, draft_split
 from engine.explain import Worth
+from engine.instants import to_ns
 from engine.ledger import LedgerEntry, LedgerKind
 from engine.messages import CashEvent, FillEvent, OpenEvent, Quote, ReversalEvent
 from engine.portfolio import ClosedPosition, Portfolio, Position, Present, value_portfolio
-from engine.runtime.clock import to_ns
 from engine.stores.ledger_rows import write_closed, write_entries, write_portfolios, write_positions
 from engine.stores.price_closes import PriceCloses
 

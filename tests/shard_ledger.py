@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from engine.baselines import Baseline
 from engine.booking import DueStep, StepPrices
 from engine.corporate_actions import SplitAction
-from engine.runtime.clock import to_ns
+from engine.instants import to_ns
 from engine.runtime.connections import make_engine, postgres_dsn
 from engine.runtime.settings import Settings
 from engine.stores.actions_postgres import ActionsStore

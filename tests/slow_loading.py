@@ -20,11 +20,11 @@ from engine.baselines import Baseline, Moved, Since, day_bases, estimate, held_a
 from engine.book import Account, Holding
 from engine.booking import AppliedSplit
 from engine.corporate_actions import Split
+from engine.instants import to_datetime, to_ns
 from engine.ledger import LedgerKind, Side
 from engine.pnl import DayBase
 from engine.portfolio import Portfolio, Position
 from engine.posting import account
-from engine.runtime.clock import to_datetime, to_ns
 from engine.stores.ledger_rows import driver_of, portfolio_of, read_scale
 from engine.stores.shard_loading import LastCut, LoadedShard, QuoteOf
 from engine.stores.tables import portfolio

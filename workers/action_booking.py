@@ -21,9 +21,10 @@ from aiokafka.structs import ConsumerRecord
 from engine.book import Book
 from engine.booking import Booked, DeadLetter, DueStep, Record
 from engine.corporate_actions import CorporateAction, Step, decode_action, price_after
+from engine.instants import HOUR_NS, to_datetime
 from engine.messages import EventRejected
 from engine.runtime import telemetry
-from engine.runtime.clock import HOUR_NS, Clock, to_datetime
+from engine.runtime.clock import Clock
 from engine.runtime.connections import AWAY
 from engine.runtime.settings import Settings
 from engine.stores.actions_postgres import ActionsStore, KnownAction

@@ -7,11 +7,12 @@ from datetime import timedelta
 
 from engine.assets import AssetClass
 from engine.badge_proofs import LAG_MAX, ONE_WAY, RECORDED_LAG_MAX, BadgeFault
-from engine.runtime.clock import make_clock, to_datetime
+from engine.instants import to_datetime
+from engine.markets import Markets
+from engine.runtime.clock import make_clock
 from engine.runtime.command_line import console
 from engine.runtime.connections import connect_postgres
 from engine.runtime.settings import Settings
-from engine.sessions import Markets
 from engine.stores.badge_verification import BadgeVerification, VerifiedBadges
 
 # How much is done, and of how much.

@@ -27,8 +27,8 @@ from engine.badges import Proof, Rule
 from engine.book import Book
 from engine.book_columns import Int64s
 from engine.booking import Booked
+from engine.instants import to_datetime
 from engine.runtime import telemetry
-from engine.runtime.clock import to_datetime
 from engine.stores.badges_postgres import BadgesStore, BatchProver
 from engine.stores.ledger_postgres import Fenced, Lease
 from engine.stores.shard_loading import LoadedShard

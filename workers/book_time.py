@@ -33,12 +33,13 @@ from engine.assets import AssetClass
 from engine.baselines import Baseline
 from engine.corporate_actions import scale_since
 from engine.day_cuts import BadDayCutError, parse_day_cut
+from engine.instants import HOUR_NS, SECOND_NS, to_datetime
+from engine.markets import Markets
 from engine.marks import FrameHeader, MarkQuality
 from engine.messages import Quote
 from engine.runtime import telemetry
-from engine.runtime.clock import HOUR_NS, SECOND_NS, Clock, to_datetime
+from engine.runtime.clock import Clock
 from engine.runtime.settings import Settings
-from engine.sessions import Markets
 from workers.boundaries import Boundaries, grace_of
 from workers.owned_shard import Host, OwnedShard, SnapshotFrame
 

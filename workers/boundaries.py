@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from engine.runtime.clock import HOUR_NS, Clock, MarketClock
+from engine.instants import HOUR_NS
+from engine.runtime.clock import Clock, MarketClock
 
 BOUNDARY_GRACE_S = 0.2
 RECORDED_GRACE_S = 2.0

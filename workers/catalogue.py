@@ -11,7 +11,8 @@ import asyncpg
 import structlog
 
 from engine.assets import Asset, Classification, classification_encoder, load_catalogue, parse_assets
-from engine.runtime.clock import make_clock, to_datetime, to_ns
+from engine.instants import to_datetime, to_ns
+from engine.runtime.clock import make_clock
 from engine.runtime.connections import AWAY, connect_postgres, connect_redis
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys

@@ -24,10 +24,10 @@ import msgspec
 from engine.amounts import plain
 from engine.booking import AppliedSplit, StepPrices
 from engine.corporate_actions import Split, Step, price_after
+from engine.instants import to_ns
 from engine.ledger import LedgerKind
 from engine.messages import Quote
 from engine.runtime import telemetry
-from engine.runtime.clock import to_ns
 from engine.stores.actions_postgres import ActionsStore, KnownAction, applied_splits, step_order
 
 NO_SPLITS: tuple[Split, ...] = ()

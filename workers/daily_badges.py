@@ -22,11 +22,13 @@ import structlog
 
 from engine.assets import AssetClass
 from engine.badges import DAILY, Rule, current_rules
+from engine.instants import DAY_NS, to_datetime, to_ns
+from engine.markets import Markets
 from engine.runtime import telemetry
-from engine.runtime.clock import DAY_NS, Clock, to_datetime, to_ns
+from engine.runtime.clock import Clock
 from engine.runtime.connections import stopped_within
 from engine.runtime.settings import Settings
-from engine.sessions import Markets, Sessions
+from engine.sessions import Sessions
 from engine.stores.badges_postgres import prove, read_rules
 from engine.stores.daily_figures import CHUNK_COUNT, last_close_ns
 from engine.stores.daily_proofs import daily_proofs

@@ -9,8 +9,9 @@ from pathlib import Path
 import structlog
 
 from engine.assets import Asset, load_catalogue, parse_assets
+from engine.instants import to_datetime
 from engine.messages import quote_decoder
-from engine.runtime.clock import Clock, to_datetime
+from engine.runtime.clock import Clock
 from engine.runtime.connections import AWAY, Outage, connect_postgres, connect_redis, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores.redis_keys import PRICES

@@ -30,8 +30,9 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from engine.book import Book
 from engine.booking import Record
+from engine.instants import to_datetime
 from engine.runtime import telemetry
-from engine.runtime.clock import Clock, to_datetime
+from engine.runtime.clock import Clock
 from engine.runtime.connections import AWAY, Outage, connect_redis, make_engine, make_producer, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores.actions_postgres import ActionsStore

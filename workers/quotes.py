@@ -42,9 +42,11 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from engine.assets import Asset, load_catalogue
+from engine.instants import SECOND_NS
+from engine.markets import Markets
 from engine.messages import Quote, QuoteFrame, quote_decoder, quote_encoder, quote_frame_encoder
 from engine.quotes import QuoteFilter, Verdict
-from engine.runtime.clock import SECOND_NS, Clock, MarketClock
+from engine.runtime.clock import Clock, MarketClock
 from engine.runtime.connections import (
     AWAY,
     Outage,
@@ -56,7 +58,6 @@ from engine.runtime.connections import (
 )
 from engine.runtime.settings import Settings
 from engine.runtime.telemetry import LATENCY_BUCKETS_S
-from engine.sessions import Markets
 from engine.stores.assets_postgres import get_classes
 from engine.stores.redis_keys import PRICES, QUOTES_CHANNEL, quotes_sequence
 from workers.feeds import Feed

@@ -31,9 +31,10 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from engine.amounts import MICRO
+from engine.instants import to_datetime
 from engine.reconciliation import Difference, Finding, ReconciliationStatus
 from engine.runtime import telemetry
-from engine.runtime.clock import Clock, to_datetime
+from engine.runtime.clock import Clock
 from engine.runtime.connections import AWAY, Outage, RedisClient, connect_redis, make_engine
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys

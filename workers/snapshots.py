@@ -31,9 +31,11 @@ import structlog
 
 from engine.assets import AssetClass
 from engine.day_cuts import BadDayCutError, DayCut, parse_day_cut
+from engine.instants import HOUR_NS, to_datetime
+from engine.markets import Markets
 from engine.messages import Quote
 from engine.runtime import telemetry
-from engine.runtime.clock import HOUR_NS, Clock, to_datetime
+from engine.runtime.clock import Clock
 from engine.runtime.connections import (
     AWAY,
     Outage,
@@ -44,7 +46,7 @@ from engine.runtime.connections import (
     wait_until,
 )
 from engine.runtime.settings import Settings
-from engine.sessions import Markets, Sessions
+from engine.sessions import Sessions
 from engine.stores import redis_keys
 from engine.stores.history_retention import HistoryRetention
 from engine.stores.price_closes import PriceCloses

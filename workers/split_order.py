@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 import structlog
 
 from engine.booking import Record
+from engine.instants import to_ns
 from engine.messages import EventRejected, FillEvent, decode_event
 from engine.runtime import telemetry
-from engine.runtime.clock import Clock, to_ns
+from engine.runtime.clock import Clock
 from workers.corporate_actions import ActionSchedule
 
 HOLD_MAX_S = 10.0

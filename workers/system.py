@@ -32,7 +32,8 @@ import structlog
 from pydantic import SecretStr
 
 from engine.badges import load_rules
-from engine.runtime.clock import SECOND_NS, make_clock, to_datetime
+from engine.instants import SECOND_NS, to_datetime
+from engine.runtime.clock import make_clock
 from engine.runtime.connections import AWAY, connect_postgres
 from engine.runtime.embedded import EmbeddedError, start_embedded
 from engine.runtime.embedded_start import free_port

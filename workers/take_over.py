@@ -25,8 +25,8 @@ import numpy as np
 import structlog
 
 from engine.book_columns import Int64s
+from engine.instants import to_datetime
 from engine.runtime import telemetry
-from engine.runtime.clock import to_datetime
 from engine.stores.hot_state_former import FormerState
 from engine.stores.ledger_postgres import Lease
 from engine.stores.shard_loading import LoadedShard

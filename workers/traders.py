@@ -27,6 +27,7 @@ import uuid_utils
 
 from engine.amounts import plain
 from engine.assets import Asset, AssetClass, load_catalogue
+from engine.instants import to_datetime, to_ns
 from engine.messages import (
     CashEvent,
     FillEvent,
@@ -36,7 +37,7 @@ from engine.messages import (
     encode_event,
     quote_decoder,
 )
-from engine.runtime.clock import Clock, is_over, to_datetime, to_ns
+from engine.runtime.clock import Clock, is_over
 from engine.runtime.connections import AWAY, Outage, RedisClient, connect_redis, make_producer, stopped_within
 from engine.runtime.settings import Settings
 from engine.stores.redis_keys import PRICES

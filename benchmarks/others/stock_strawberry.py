@@ -19,8 +19,8 @@ from redis.asyncio import Redis
 from strawberry.fastapi import GraphQLRouter
 
 from engine.amounts import from_micro
+from engine.instants import to_datetime
 from engine.marks import MARK, Mark, decode_frame, decode_mark
-from engine.runtime.clock import to_datetime
 from engine.stores import redis_keys
 
 

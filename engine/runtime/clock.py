@@ -11,15 +11,14 @@ processes agree without talking:
 from __future__ import annotations
 
 import time
-from datetime import UTC, date, datetime, timedelta
+from datetime import date
 from typing import Protocol
 
 import msgspec
 
-SECOND_NS = 1_000_000_000
-HOUR_NS = 3_600 * SECOND_NS
-DAY_NS = 24 * HOUR_NS
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+from engine.instants import DAY_NS, SECOND_NS
+
+_EPOCH = date(1970, 1, 1)
 
 
 class Clock(Protocol):
@@ -82,16 +81,5 @@ def is_over(clock: Clock) -> bool:
 
 
 def plan_market_clock(dates: list[date], speed_milli: int, wall_start_ns: int) -> str:
-    days = [(day - _EPOCH.date()).days for day in sorted(set(dates))]
+    days = [(day - _EPOCH).days for day in sorted(set(dates))]
     return msgspec.json.encode(MarketClockPlan(wall_start_ns, speed_milli, days)).decode()
-
-
-def to_datetime(ns: int) -> datetime:
-    """Nanoseconds since 1970 as an aware UTC datetime (microsecond resolution)."""
-    return _EPOCH + timedelta(microseconds=ns // 1_000)
-
-
-def to_ns(instant: datetime) -> int:
-    """An aware datetime as nanoseconds since 1970, exactly."""
-    delta = instant - _EPOCH
-    return (delta.days * 86_400 + delta.seconds) * SECOND_NS + delta.microseconds * 1_000

@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     # Of one poll, shared evenly by an evaluator's shards: so many take a fifth of a second, for which boundaries may
     # have to wait.
     event_batch_count_max: int = Field(default=1_000, ge=1, le=10_000)
-    # A price older than this is flagged STALE, or CLOSED while its market is (engine.sessions).
+    # A price older than this is flagged STALE, or CLOSED while its market is (engine.markets).
     stale_after_s: int = Field(default=900, ge=1)
     # The exchange (of exchange_calendars) whose sessions a class of assets has; empty never closes.
     calendar_equity: str = "XNYS"
@@ -168,7 +168,7 @@ class Settings(BaseSettings):
 
     @property
     def calendars(self) -> dict[AssetClass, str]:
-        """What engine.sessions.Markets is made of."""
+        """What engine.markets.Markets is made of."""
         return {AssetClass.EQUITY: self.calendar_equity, AssetClass.COMMODITY: self.calendar_commodity}
 
     def using(self, ready: ReadyFile) -> Self:

@@ -32,9 +32,9 @@ from engine.corporate_actions import (
     parse_scale,
     scale_since,
 )
+from engine.instants import to_ns
 from engine.ledger import LedgerEntry, LedgerKind, write_scale
 from engine.portfolio import Portfolio
-from engine.runtime.clock import to_ns
 from engine.stores.ledger_postgres import Lease, Prover, assert_epoch, write_booked
 from engine.stores.ledger_rows import driver_of, portfolio_of, position_of, read_scale
 from engine.stores.tables import corporate_action, portfolio, position, receivable, shard_action, topic_offset

@@ -19,8 +19,8 @@ import asyncpg
 
 from engine.amounts import EXACT, to_micro
 from engine.as_of import Cycle, DayStart, Effects, LedgerState, PastPosition, traded_shares
+from engine.instants import to_ns
 from engine.ledger import EXTERNAL_FLOWS, INCOME, LedgerKind, Side
-from engine.runtime.clock import to_ns
 from engine.stores.ledger_reads import PoolSource
 
 # What the portfolio had booked at $2: between the ledger sequences of what was recorded around that instant, and at an

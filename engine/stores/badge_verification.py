@@ -30,9 +30,9 @@ from engine.badge_proofs import (
     rich_since,
 )
 from engine.badges import DAILY, BadgeEventKind, Predicate, Rule, current_rules
+from engine.instants import to_datetime, to_ns
 from engine.marks import MarkQuality
 from engine.portfolio import Portfolio
-from engine.runtime.clock import to_datetime, to_ns
 from engine.sessions import Sessions
 from engine.stores.badge_reads import read_evidence
 from engine.stores.badges_postgres import read_rules

@@ -28,11 +28,11 @@ from engine.amounts import to_micro, value_micro
 from engine.assets import UNCLASSIFIED
 from engine.badges import Predicate, Rule
 from engine.equity_curve import EquityPoint, Flow, curve, opening, present_ratio
+from engine.instants import DAY_NS, to_datetime, to_ns
 from engine.ledger import EXTERNAL_FLOWS
 from engine.marks import MarkQuality
 from engine.performance import SESSIONS_PER_YEAR, StatisticReason, day_returns
 from engine.performance import sharpe as sharpe_of
-from engine.runtime.clock import DAY_NS, to_datetime, to_ns
 from engine.sessions import Sessions
 from engine.stores.ledger_reads import PoolSource
 from engine.stores.outbox import Connection

@@ -19,9 +19,9 @@ import asyncpg
 from engine.baselines import Baseline, Moved, Priced, Since, estimate, held_at, price_in_shares_at
 from engine.booking import AppliedSplit
 from engine.corporate_actions import Split
+from engine.instants import to_datetime, to_ns
 from engine.ledger import LedgerKind, Side
 from engine.portfolio import Portfolio, Position
-from engine.runtime.clock import to_datetime, to_ns
 from engine.stores.ledger_rows import read_scale
 
 # The Book's price of a symbol with its instant, in the shares of that instant.

@@ -24,10 +24,10 @@ import msgspec
 from engine.amounts import to_micro
 from engine.assets import AssetClass
 from engine.equity_curve import Flow
+from engine.instants import to_ns
 from engine.ledger import EXTERNAL_FLOWS, LedgerEntry, LedgerKind, Side
 from engine.performance import Trades
 from engine.portfolio import ClosedPosition
-from engine.runtime.clock import to_ns
 from engine.stores.ledger_rows import read_scale
 from engine.stores.ledger_selection import EVERYTHING, LedgerSelection, conditions
 

@@ -21,8 +21,8 @@ from decimal import Decimal
 import asyncpg
 
 from engine.amounts import plain
+from engine.instants import to_datetime, to_ns
 from engine.messages import Quote
-from engine.runtime.clock import to_datetime, to_ns
 from engine.stores.ledger_reads import PoolSource
 
 # A system that runs writes every symbol every hour, so nearly every search ends within the newest chunk. Two days are

@@ -32,9 +32,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from engine.badges import Rule, States
 from engine.baselines import Baseline
 from engine.book_columns import Float64s, Int64s
+from engine.instants import to_datetime
 from engine.ledger import EXTERNAL_FLOWS
 from engine.pnl import day_base_since
-from engine.runtime.clock import to_datetime
 from engine.stores.badges_postgres import states_of_shard
 from engine.stores.copied_rows import READ_TIMEOUT_S, Rows, copy_rows
 from engine.stores.estimated_cuts import PORTFOLIOS_PER_STEP, Missed, MissedCut, QuoteOf

@@ -17,8 +17,8 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from engine.equity_curve import EquityPoint, Resolution
+from engine.instants import to_ns
 from engine.marks import MarkQuality
-from engine.runtime.clock import to_ns
 from engine.stores.ledger_reads import PoolSource
 
 _HOURLY = """

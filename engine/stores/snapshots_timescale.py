@@ -24,9 +24,9 @@ import numpy as np
 from asyncpg.pool import PoolConnectionProxy
 
 from engine.equity_curve import Flow, interval_factor
+from engine.instants import to_datetime
 from engine.ledger import EXTERNAL_FLOWS
 from engine.marks import MARK, MarkArray, decode_frame
-from engine.runtime.clock import to_datetime
 
 # Rows of one transaction: what a second writes, so that a time limit on statements is far away.
 WRITE_COUNT_MAX = 20_000

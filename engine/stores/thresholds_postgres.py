@@ -22,7 +22,7 @@ import uuid_utils
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from engine.runtime.clock import to_datetime
+from engine.instants import to_datetime
 from engine.stores.ledger_postgres import Fenced, Lease
 from engine.stores.ledger_reads import PoolSource
 from engine.stores.ledger_rows import driver_of

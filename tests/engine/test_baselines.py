@@ -15,10 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from engine.baselines import Baseline, Moved, Since, day_bases, estimate, held_at, price_in_shares_at
 from engine.booking import AppliedSplit
 from engine.corporate_actions import Split, scale_since
+from engine.instants import to_ns
 from engine.ledger import LedgerEntry, LedgerKind, Side
 from engine.pnl import DayBase
 from engine.portfolio import Portfolio
-from engine.runtime.clock import to_ns
 from tests.bookkeeping import AT, Bookkeeping, cash, fill, opening, reversal
 from tests.oracle import MICRO
 

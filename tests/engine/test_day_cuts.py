@@ -12,17 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.day_cuts import TEXT_LENGTH_MAX, BadDayCutError, DayCut, parse_day_cut
-from engine.sessions import instant_of, ns_of
+from engine.instants import DAY_NS, HOUR_NS, to_datetime, to_ns
 
-HOUR_NS = 3_600 * 10**9
-DAY_NS = 24 * HOUR_NS
-YEAR_2200_NS = ns_of(datetime(2200, 1, 1, tzinfo=UTC))
+YEAR_2200_NS = to_ns(datetime(2200, 1, 1, tzinfo=UTC))
 # Zones that move their clocks by an hour or less, or never, since 1990.
 ZONES = ["UTC", "America/New_York", "Europe/London", "Australia/Lord_Howe", "Asia/Kathmandu", "Pacific/Chatham"]
 
 
 def ns(text: str) -> int:
-    return ns_of(datetime.fromisoformat(text))
+    return to_ns(datetime.fromisoformat(text))
 
 
 def cuts(cut: DayCut, since: str, count: int) -> list[str]:
@@ -30,7 +28,7 @@ def cuts(cut: DayCut, since: str, count: int) -> list[str]:
     found, at = [], ns(since)
     for _ in range(count):
         at = cut.next(at)
-        found.append(instant_of(at).strftime("%m-%dT%H:%M"))
+        found.append(to_datetime(at).strftime("%m-%dT%H:%M"))
     return found
 
 
@@ -79,7 +77,7 @@ def test_close_cuts_are_the_exchange_s_with_early_closes_holidays_and_weekends()
     # Independence Day 2026 falls on a Saturday and is kept on Friday the 3rd.
     assert cuts(parse_day_cut("close:XNYS"), "2026-07-02T00:00Z", 2) == ["07-02T20:00", "07-06T20:00"]
     saturday = ns("2026-11-28T12:00Z")
-    assert instant_of(parse_day_cut("close:XNYS").last(saturday)) == datetime(2026, 11, 27, 18, tzinfo=UTC)
+    assert to_datetime(parse_day_cut("close:XNYS").last(saturday)) == datetime(2026, 11, 27, 18, tzinfo=UTC)
 
 
 @pytest.mark.parametrize("text", ["00:00 UTC", "02:30 America/New_York", "close:XNYS", "close:XSES", "close:24/7"])
@@ -106,7 +104,7 @@ def test_a_cut_is_between_23_and_25_hours_after_the_one_before(zone: str, at: ti
 def test_there_is_one_cut_in_each_local_day(zone: str, at: time, day: date) -> None:
     """Counted by the zone's own midnights; a cut that a gap moves stays within its day."""
     cut, clock = parse_day_cut(f"{at:%H:%M} {zone}"), ZoneInfo(zone)
-    begins, ends = (ns_of(datetime.combine(one, time(), clock)) for one in (day, day + timedelta(days=1)))
+    begins, ends = (to_ns(datetime.combine(one, time(), clock)) for one in (day, day + timedelta(days=1)))
     found = cut.next(begins - 1)
     assert begins <= found < ends <= cut.next(found)
 

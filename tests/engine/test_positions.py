@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.instants import SECOND_NS, to_ns
 from engine.marks import MarkQuality
 from engine.messages import Quote
 from engine.positions import (
@@ -22,11 +23,9 @@ from engine.positions import (
     todays_price,
     value_position,
 )
-from engine.sessions import ns_of, sessions_of
+from engine.sessions import sessions_of
 from tests.bookkeeping import SECTORS, Bookkeeping, cash, fill, opening
 from tests.oracle import MICRO
-
-SECOND_NS = 10**9
 
 
 def quote(price: str, ts_event_ns: int = 0, symbol: str = "AAPL") -> Quote:
@@ -111,7 +110,7 @@ def test_a_price_that_a_split_leaves_nothing_of_is_none(price: str, scale: str) 
 
 
 def test_quality_knows_the_class_s_hours_and_the_quote_s_condition() -> None:
-    hot, now_ns = HotPosition("3", 7, 0, 7, 5), ns_of(datetime(2026, 11, 28, 12, tzinfo=UTC))
+    hot, now_ns = HotPosition("3", 7, 0, 7, 5), to_ns(datetime(2026, 11, 28, 12, tzinfo=UTC))
     friday = quote("1", now_ns - 20 * 3_600 * SECOND_NS)
     halted = Quote("AAPL", "1", friday.ts_event_ns, "test", None, "HALTED")
     found = [

@@ -7,10 +7,10 @@ from decimal import Decimal
 from fractions import Fraction
 
 from engine.corporate_actions import Split
+from engine.instants import to_ns
 from engine.portfolio import Position
 from engine.positions import HotPosition
 from engine.posting import hot_position
-from engine.runtime.clock import to_ns
 from engine.sectors import SectorValue
 from tests.bookkeeping import AT, Bookkeeping, cash, fill, opening
 from tests.oracle import MICRO

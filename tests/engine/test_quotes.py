@@ -10,6 +10,8 @@ from msgspec.structs import replace
 
 from engine.amounts import parse_number
 from engine.assets import AssetClass
+from engine.instants import to_ns
+from engine.markets import Markets
 from engine.messages import Condition, Quote
 from engine.quotes import (
     BANDS,
@@ -21,8 +23,6 @@ from engine.quotes import (
     Verdict,
     trim_number,
 )
-from engine.runtime.clock import to_ns
-from engine.sessions import Markets
 
 NOW_NS = 1_795_000_000_000_000_000
 TOLERANCE_NS = 5_000_000_000

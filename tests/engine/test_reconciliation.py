@@ -13,13 +13,13 @@ import pytest
 from msgspec import structs
 
 from engine.book import NAV_MAX_MICRO
+from engine.instants import to_ns
 from engine.ledger import LedgerEntry
 from engine.marks import Mark, MarkQuality
 from engine.portfolio import LedgerMismatch, Portfolio, value_portfolio
 from engine.positions import HotPosition
 from engine.posting import hot_position
 from engine.reconciliation import SUMS, Finding, HotPortfolio, Price, Record, compare, nearest_value
-from engine.runtime.clock import to_ns
 from tests.scripted_ledger import ScriptedLedger
 
 MICRO = 1_000_000

@@ -15,32 +15,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.assets import AssetClass
+from engine.instants import SECOND_NS, to_datetime, to_ns
+from engine.markets import DELAY_MAX_NS, Markets, quality_of
 from engine.marks import MarkQuality
 from engine.messages import Condition
 from engine.runtime.session_files import read_session_file
-from engine.sessions import (
-    DELAY_MAX_NS,
-    Markets,
-    Sessions,
-    UnknownExchangeError,
-    UsualWeek,
-    instant_of,
-    ns_of,
-    quality_of,
-    sessions_of,
-)
+from engine.sessions import Sessions, UnknownExchangeError, UsualWeek, sessions_of
 
-SECOND_NS = 10**9
 STALE_AFTER_NS = 900 * SECOND_NS
 MARKETS = Markets({AssetClass.EQUITY: "XNYS", AssetClass.COMMODITY: "CMES", AssetClass.CRYPTO: ""})
 
 
 def ns(text: str) -> int:
-    return ns_of(datetime.fromisoformat(text))
+    return to_ns(datetime.fromisoformat(text))
 
 
 def utc(at_ns: int) -> str:
-    return instant_of(at_ns).strftime("%Y-%m-%dT%H:%M")
+    return to_datetime(at_ns).strftime("%Y-%m-%dT%H:%M")
 
 
 @pytest.mark.parametrize(
@@ -230,8 +221,8 @@ def test_a_market_is_open_unless_its_sessions_say_otherwise() -> None:
 
 
 def test_instants_go_there_and_back() -> None:
-    assert instant_of(1_795_342_800_123_456_789) == datetime(2026, 11, 22, 10, 20, 0, 123_456, UTC)
-    assert ns_of(instant_of(1_795_342_800_123_456_789)) == 1_795_342_800_123_456_000
+    assert to_datetime(1_795_342_800_123_456_789) == datetime(2026, 11, 22, 10, 20, 0, 123_456, UTC)
+    assert to_ns(to_datetime(1_795_342_800_123_456_789)) == 1_795_342_800_123_456_000
 
 
 def test_sessions_made_by_another_process_are_the_same_and_need_no_library(tmp_path: Path) -> None:
@@ -262,4 +253,4 @@ def test_a_session_file_that_is_none_costs_time_only(tmp_path: Path, content: by
     if content is not None:
         file.write_bytes(content)
     read_session_file(file)
-    assert sessions_of("XNYS").is_open(ns_of(datetime(2026, 11, 20, 15, 0, tzinfo=UTC)))
+    assert sessions_of("XNYS").is_open(to_ns(datetime(2026, 11, 20, 15, 0, tzinfo=UTC)))

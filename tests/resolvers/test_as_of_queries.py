@@ -15,7 +15,7 @@ from graphql import OperationDefinitionNode, parse
 
 from api.limits import objects_of
 from engine.amounts import from_micro, plain
-from engine.runtime.clock import to_ns
+from engine.instants import to_ns
 from tests.builders import MICRO, MarkRow
 from tests.gateway import Gateway
 from tests.scripted_ledger import Moment, ScriptedLedger

@@ -11,9 +11,9 @@ import pytest
 from redis.asyncio import Redis
 
 from engine.assets import UNCLASSIFIED, Asset, AssetClass, load_catalogue, unclassified
+from engine.markets import Markets
 from engine.runtime.connections import connect_postgres
 from engine.runtime.settings import Settings
-from engine.sessions import Markets
 from engine.stores.assets_postgres import upsert_assets
 from engine.stores.hot_state_reads import HotStateReads
 from resolvers.loaders import CATALOGUE_REFRESH_INTERVAL_S, AssetCatalogue

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from engine.assets import Asset, AssetClass, Classification
-from engine.runtime.clock import to_ns
+from engine.instants import to_ns
 from engine.stores.assets_postgres import upsert_assets
 from tests.gateway import Gateway
 

@@ -13,9 +13,9 @@ import pytest
 import pytest_asyncio
 
 from engine.amounts import from_micro, plain
+from engine.instants import to_ns
 from engine.ledger import write_scale
 from engine.positions import HotPosition
-from engine.runtime.clock import to_ns
 from engine.stores.ledger_rows import write_entries, write_positions
 from resolvers import lots
 from tests.builders import MarkRow

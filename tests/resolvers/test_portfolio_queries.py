@@ -16,9 +16,10 @@ import pytest
 from msgspec.structs import replace as replace_struct
 
 from engine.assets import Asset, AssetClass
+from engine.instants import to_ns
 from engine.marks import MarkQuality
 from engine.messages import Quote
-from engine.runtime.clock import WallClock, to_ns
+from engine.runtime.clock import WallClock
 from engine.sectors import SectorValue
 from engine.stores.hot_state_reads import HotState, HotStateReads
 from resolvers.loaders import HotLoader

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from engine.as_of import Cycle, LedgerState, effects_of
-from engine.runtime.clock import to_ns
+from engine.instants import to_ns
 from engine.stores import as_of_reads
 from engine.stores.as_of_reads import AsOfReads, Baseline
 from engine.stores.ledger_rows import write_entries

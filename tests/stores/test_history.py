@@ -15,8 +15,8 @@ import asyncpg
 import pytest
 
 from engine.equity_curve import EquityPoint, Flow, Resolution, curve, opening
+from engine.instants import to_datetime
 from engine.marks import MarkQuality
-from engine.runtime.clock import to_datetime
 from engine.stores.history_retention import HistoryRetention
 from engine.stores.migrate import upgrade
 from engine.stores.snapshots_reads import SnapshotsReads

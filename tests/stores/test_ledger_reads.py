@@ -19,9 +19,9 @@ from msgspec import structs
 from engine.amounts import from_micro
 from engine.assets import Asset, AssetClass
 from engine.equity_curve import Flow, Resolution
+from engine.instants import to_ns
 from engine.ledger import LedgerEntry, LedgerKind, Side
 from engine.performance import Trades
-from engine.runtime.clock import to_ns
 from engine.stores.ledger_reads import HeldCycle, LedgerReads, ShownEntry
 from engine.stores.ledger_selection import LedgerSelection, SelectionError, check_selection, conditions
 from engine.stores.snapshots_reads import SnapshotsReads

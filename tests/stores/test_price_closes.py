@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
+from engine.instants import to_ns
 from engine.messages import Quote
-from engine.runtime.clock import to_ns
 from engine.stores.price_closes import LOOK_BACK, PriceCloses
 from tests.history_twins import Twin, twin
 

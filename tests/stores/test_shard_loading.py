@@ -15,9 +15,9 @@ import asyncpg
 import pytest
 
 from engine.baselines import Baseline
+from engine.instants import to_ns
 from engine.ledger import LedgerKind
 from engine.pnl import DayBase
-from engine.runtime.clock import to_ns
 from engine.runtime.connections import postgres_dsn
 from engine.stores.reconciliations import Reconciliations
 from tests.bookkeeping import cash, fill, opening, reversal

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from engine.baselines import Baseline
 from engine.booking import Record
-from engine.runtime.clock import to_ns
+from engine.instants import to_ns
 from engine.runtime.connections import make_engine, postgres_dsn
 from engine.runtime.settings import Settings
 from engine.stores.ledger_postgres import Fenced, Lease, LedgerWriter

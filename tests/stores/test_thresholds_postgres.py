@@ -10,7 +10,7 @@ from decimal import Decimal
 
 import pytest
 
-from engine.runtime.clock import to_datetime
+from engine.instants import to_datetime
 from engine.stores.ledger_postgres import Fenced
 from engine.stores.thresholds_postgres import PortfolioThresholds, TooManyThresholds, WatchedThresholds
 from engine.stores.webhook_deliveries import WebhookDeliveries

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from engine.badges import load_rules
 from engine.corporate_actions import Split
 from engine.day_cuts import parse_day_cut
+from engine.instants import to_ns
 from engine.marks import MarkQuality
 from engine.runtime import telemetry
-from engine.runtime.clock import to_ns
 from tests.book_time import MICRO, Stage
 from workers.book_time import FRAMES_KEPT_MAX, HOLD_MAX_S
 

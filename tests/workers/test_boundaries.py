@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.runtime.clock import HOUR_NS
+from engine.instants import HOUR_NS
 from workers.boundaries import BOUNDARY_GRACE_S, Boundaries
 
 START_NS = 500_000 * HOUR_NS + 7

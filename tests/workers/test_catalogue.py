@@ -18,7 +18,7 @@ from engine.assets import (
     classification_decoder,
     load_catalogue,
 )
-from engine.runtime.clock import to_ns
+from engine.instants import to_ns
 from engine.runtime.connections import postgres_dsn
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys

@@ -11,9 +11,9 @@ import pytest
 
 from engine.booking import StepPrices
 from engine.corporate_actions import Split, Step
+from engine.instants import to_ns
 from engine.ledger import LedgerKind
 from engine.messages import Quote
-from engine.runtime.clock import to_ns
 from engine.stores.actions_postgres import KnownAction
 from workers.corporate_actions import ActionSchedule
 

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from engine.badges import BadgeMessage, Predicate, badge_message_decoder, load_rules
-from engine.runtime.clock import DAY_NS, to_ns
+from engine.instants import DAY_NS, to_ns
 from engine.runtime.connections import postgres_dsn
 from engine.runtime.settings import Settings
 from engine.sessions import sessions_of

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from engine.corporate_actions import CorporateAction, DividendAction, SplitAction, encode_action
+from engine.instants import to_ns
 from engine.messages import ReversalEvent
 from engine.positions import HotPosition, hot_position_decoder
-from engine.runtime.clock import to_ns
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 from tests.running_system import (

@@ -23,12 +23,13 @@ from engine.baselines import Baseline
 from engine.book import Account, Holding
 from engine.booking import Booked
 from engine.entries import draft_event
+from engine.instants import HOUR_NS
 from engine.marks import MarkQuality
 from engine.messages import Quote, quote_encoder
 from engine.pnl import DayBase
 from engine.portfolio import Portfolio, Present
 from engine.posting import PositionsChange
-from engine.runtime.clock import HOUR_NS, WallClock
+from engine.runtime.clock import WallClock
 from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys

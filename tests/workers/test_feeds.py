@@ -15,8 +15,9 @@ import pytest
 from prometheus_client import REGISTRY
 from websockets.asyncio.server import ServerConnection, serve
 
+from engine.instants import to_ns
 from engine.quotes import QuoteFilter, RawQuote, Verdict
-from engine.runtime.clock import MarketClock, MarketClockPlan, WallClock, to_ns
+from engine.runtime.clock import MarketClock, MarketClockPlan, WallClock
 from workers.feeds import Feed
 from workers.feeds.coinbase import CoinbaseFeed, parse_frame
 from workers.feeds.select import make_feed

@@ -14,8 +14,9 @@ from prometheus_client import REGISTRY
 
 from engine.assets import AssetClass
 from engine.corporate_actions import DividendAction, SplitAction, decode_action, encode_action
+from engine.instants import DAY_NS, to_ns
 from engine.quotes import QuoteFilter, Verdict
-from engine.runtime.clock import DAY_NS, MarketClock, MarketClockPlan, make_clock, plan_market_clock, to_ns
+from engine.runtime.clock import MarketClock, MarketClockPlan, make_clock, plan_market_clock
 from workers.feeds.replay import (
     ReplayFeed,
     bar_actions,

@@ -19,9 +19,10 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from engine.book import Holding
+from engine.instants import to_ns
 from engine.marks import FrameHeader, Mark, MarkArray, decode_frame, decode_mark
 from engine.messages import Quote
-from engine.runtime.clock import MarketClock, MarketClockPlan, to_ns
+from engine.runtime.clock import MarketClock, MarketClockPlan
 from engine.stores import redis_keys
 from engine.stores.hot_state_redis import FlushOutcome, HotStateWriter
 from engine.stores.ledger_postgres import Lease

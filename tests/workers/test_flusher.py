@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from engine.instants import to_ns
 from engine.marks import FrameHeader, Mark, MarkArray, decode_mark
 from engine.runtime import telemetry
-from engine.runtime.clock import to_ns
 from engine.stores.hot_state_former import FormerState
 from engine.stores.hot_state_redis import FlushOutcome
 from tests.book_time import MICRO, Stage, instant

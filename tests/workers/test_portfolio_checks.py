@@ -15,12 +15,12 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from engine.instants import to_ns
 from engine.marks import MARK
 from engine.messages import OpenEvent
 from engine.portfolio import Portfolio, value_portfolio
 from engine.posting import hot_position
 from engine.reconciliation import SUMS
-from engine.runtime.clock import to_ns
 from engine.runtime.connections import connect_redis, make_engine, postgres_dsn
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys

@@ -13,9 +13,10 @@ from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from engine.instants import to_ns
 from engine.messages import Quote, QuoteFrame, quote_decoder, quote_encoder, quote_frame_decoder
 from engine.quotes import RawQuote
-from engine.runtime.clock import WallClock, to_ns
+from engine.runtime.clock import WallClock
 from engine.runtime.embedded import open_directory, start_valkey
 from engine.runtime.reaper import ChildProcesses
 from engine.runtime.settings import Settings

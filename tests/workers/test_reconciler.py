@@ -16,9 +16,10 @@ from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
 from engine.corporate_actions import DividendAction, SplitAction, encode_action
+from engine.instants import SECOND_NS, to_datetime, to_ns
 from engine.marks import MARK, Mark
 from engine.positions import hot_position_decoder, hot_position_encoder
-from engine.runtime.clock import SECOND_NS, WallClock, to_datetime, to_ns
+from engine.runtime.clock import WallClock
 from engine.runtime.settings import Settings
 from engine.stores import redis_keys
 from tests.gateway import SECRET, gateway_of

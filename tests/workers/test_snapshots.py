@@ -15,12 +15,13 @@ from redis.asyncio import Redis
 
 from engine.assets import AssetClass
 from engine.day_cuts import parse_day_cut
+from engine.instants import HOUR_NS, SECOND_NS, to_datetime, to_ns
+from engine.markets import Markets
 from engine.messages import Quote
 from engine.runtime import telemetry
-from engine.runtime.clock import HOUR_NS, SECOND_NS, to_datetime, to_ns
 from engine.runtime.connections import connect_redis
 from engine.runtime.settings import Settings
-from engine.sessions import Markets, Sessions
+from engine.sessions import Sessions
 from engine.stores import redis_keys
 from engine.stores.price_closes import PriceCloses
 from tests.builders import HotStateBuilder, MarkRow

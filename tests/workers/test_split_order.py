@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from engine.booking import Record
+from engine.instants import to_ns
 from engine.runtime import telemetry
-from engine.runtime.clock import to_ns
 from tests.bookkeeping import cash, fill, record
 from workers.split_order import HOLD_MAX_S, SplitOrder
 

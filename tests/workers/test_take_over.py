@@ -15,9 +15,9 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from engine.instants import to_ns
 from engine.positions import hot_position_decoder
 from engine.posting import PositionsChange
-from engine.runtime.clock import to_ns
 from engine.stores import redis_keys
 from engine.stores.hot_state_former import FormerHotState
 from engine.stores.hot_state_reads import HotStateReads

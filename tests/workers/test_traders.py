@@ -11,6 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from engine.assets import AssetClass, load_catalogue
+from engine.instants import DAY_NS, to_ns
 from engine.messages import (
     CashEvent,
     EventRejected,
@@ -23,7 +24,7 @@ from engine.messages import (
     encode_event,
     quote_encoder,
 )
-from engine.runtime.clock import DAY_NS, MarketClock, MarketClockPlan, WallClock, to_ns
+from engine.runtime.clock import MarketClock, MarketClockPlan, WallClock
 from engine.runtime.settings import Settings
 from engine.stores.redis_keys import PRICES
 from tests.topics import read_topic

@@ -47,9 +47,10 @@ from engine.corporate_actions import (
     encode_action,
     opens_at,
 )
+from engine.instants import DAY_NS, SECOND_NS, to_ns
 from engine.messages import EventRejected, Quote
 from engine.quotes import RawQuote
-from engine.runtime.clock import DAY_NS, SECOND_NS, MarketClock, plan_market_clock, to_ns
+from engine.runtime.clock import MarketClock, plan_market_clock
 from engine.sessions import sessions_of
 from workers.feeds import PROBLEMS, Batch
 

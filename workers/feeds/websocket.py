@@ -35,9 +35,9 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.uri import parse_uri
 
+from engine.instants import SECOND_NS, to_ns
 from engine.messages import Condition, Quote
 from engine.quotes import HALTED, RawQuote, trim_number
-from engine.runtime.clock import SECOND_NS, to_ns
 from engine.runtime.connections import Outage
 from workers.feeds import PROBLEMS, Batch
 
