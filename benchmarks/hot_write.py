@@ -1,8 +1,12 @@
-"""Writing 20,000 changed portfolios to hot state: one laid-out HSET per shard against pipelined HINCRBYFLOAT."""
+"""Writing 20,000 changed portfolios to hot state: one laid-out HSET per shard against pipelined HINCRBYFLOAT.
+
+Each flush publishes a frame of those portfolios that somebody watches: a tenth of them, as at the seed load, or all.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import time
 
@@ -15,10 +19,11 @@ from engine.marks import FrameHeader
 from engine.runtime.embedded import start_embedded
 from engine.runtime.reaper import ChildProcesses
 from engine.stores import redis_keys
-from engine.stores.hot_state_redis import HotStateWriter
+from engine.stores.hot_state_redis import FlushOutcome, HotStateWriter
 
 ROUNDS = 9
 SHARDS = 4
+WATCHED_PART = 0.1
 FIELDS = ("nav", "unrealized", "day_pnl")
 
 
@@ -42,11 +47,16 @@ async def _measure(redis_url: str) -> None:
         await writer.advance(shard, 1, "bench", 1)
     slots = [book.slots_of(shard) for shard in range(SHARDS)]
 
-    async def flush(sequence: int) -> None:
-        headers = [FrameHeader(shard, 1, sequence, sequence - 1, 1, 1) for shard in range(SHARDS)]
-        await asyncio.gather(
-            *(writer.flush(of, slots[of.shard], book.marks(slots[of.shard], 1, sequence)) for of in headers)
-        )
+    sequences = itertools.count(1)
+
+    async def flush(watched_part: float) -> None:
+        sequence = next(sequences)
+        await asyncio.gather(*(flush_shard(shard, sequence, watched_part) for shard in range(SHARDS)))
+
+    async def flush_shard(shard: int, sequence: int, watched_part: float) -> None:
+        header, changed = FrameHeader(shard, 1, sequence, sequence - 1, 1, 1), slots[shard]
+        marks = book.marks(changed, 1, sequence)
+        assert await writer.flush(header, changed, marks, int(len(changed) * watched_part)) is FlushOutcome.WRITTEN
 
     async def increments() -> None:
         pipe = client.pipeline(transaction=False)
@@ -55,13 +65,17 @@ async def _measure(redis_url: str) -> None:
                 pipe.hincrbyfloat(f"portfolio:{number}", field, 0.25)
         await pipe.execute()
 
-    ours = [await _timed(flush(n + 1)) for n in range(ROUNDS)]
+    # In turns, so that a moment of the machine counts for both.
+    rounds = [(await _timed(flush(WATCHED_PART)), await _timed(flush(1))) for _ in range(ROUNDS)]
+    ours, in_full = zip(*rounds, strict=True)
     theirs = [await _timed(increments()) for _ in range(3)]
     written = await client.hlen(redis_keys.marks(0, 1))
     assert written == len(slots[0])
     wall, cpu = statistics.median(w for w, _ in ours), statistics.median(c for _, c in ours)
+    wall_in_full = statistics.median(w for w, _ in in_full)
     their_wall, their_cpu = statistics.median(w for w, _ in theirs), statistics.median(c for _, c in theirs)
-    report.add(Figure("hot write with its frame, portfolios per second", count / wall, "/s", at_least=1.5e6))
+    report.add(Figure("hot write, portfolios per second", count / wall, "/s", at_least=2.5e6))
+    report.add(Figure("the same where all are watched", count / wall_in_full, "/s"))
     report.add(Figure("pipelined HINCRBYFLOAT × 3, portfolios per second", count / their_wall, "/s"))
     report.add(Figure("ratio", their_wall / wall, "×", at_least=30, note="same run, wall time"))
     report.add(Figure("client CPU for 20,000 portfolios", cpu * 1e3, "ms"))

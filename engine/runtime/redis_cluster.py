@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from redis._parsers import AsyncCommandsParser
 from redis.asyncio import RedisCluster
 from redis.asyncio.cluster import ClusterNode, PipelineCommand
-from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, parse_url
+from redis.asyncio.connection import Connection, SSLConnection, parse_url
 from redis.commands import AsyncRedisClusterCommands
 from redis.event import EventDispatcher
 from redis.exceptions import (
@@ -41,6 +41,8 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from engine.runtime.lanes import read_answer
 
 # `redis+cluster://user:password@host:port,host:port,…`, and the same over TLS.
 SCHEMES = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
@@ -130,7 +132,7 @@ class ClusterClient(RedisCluster):
             await node.disconnect_if_needed(connection)
             before: list[bytes] = connection.pack_command("ASKING") if asking else []
             await connection.send_packed_command([part for command in commands for part in (*before, *command)])
-            answers = [await _answer(connection) for _ in range(len(commands) * (1 + asking))]
+            answers = [await read_answer(connection) for _ in range(len(commands) * (1 + asking))]
         except BaseException as error:
             # An answer left unread would be the next command's.
             await connection.disconnect(nowait=True)
@@ -248,11 +250,3 @@ def _parse(url: str) -> tuple[list[ClusterNode], dict[str, Any]]:
 
 def _key(args: Sequence[Any]) -> Any:
     return args[3] if args[0] == "EVAL" else args[1]
-
-
-async def _answer(connection: AbstractConnection) -> Any:
-    """The next answer, an error included; raises when there is none."""
-    try:
-        return await connection.read_response(disable_decoding=True)
-    except ResponseError as error:
-        return error

@@ -30,12 +30,12 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from redis.asyncio.connection import AbstractConnection
 
 from engine.marks import MARK, FrameHeader, MarkArray, encode_frame, frame_parts
 from engine.positions import hot_position_encoder
 from engine.posting import PositionsChange
 from engine.runtime.connections import RedisClient, run_script
+from engine.runtime.lanes import Lane
 from engine.runtime.redis_cluster import ClusterClient
 from engine.sectors import ranks_of, sector_value_encoder
 from engine.stores import redis_keys
@@ -172,12 +172,12 @@ class MarksLayout:
 
     def fill(self, slots: NDArray[np.int64], marks: MarkArray) -> list[tuple[int, NDArray[np.void]]]:
         """The filled rows of the slots, grouped by id length."""
-        lengths = self.length_of[slots]
+        lengths, rows_of = self.length_of[slots], self.row_of[slots]
         packed = marks.view(_PACKED)
-        groups = []
-        for length in np.unique(lengths).tolist():
-            chosen = lengths == length
-            rows = self.templates[length].rows[self.row_of[slots[chosen]]]
+        groups, found = [], np.unique(lengths).tolist()
+        for length in found:
+            chosen = lengths == length if len(found) > 1 else slice(None)
+            rows = np.take(self.templates[length].rows, rows_of[chosen])
             rows["mark"] = packed[chosen]
             groups.append((length, rows))
         return groups
@@ -196,6 +196,7 @@ class HotStateWriter:
         self.layout = MarksLayout()
         # Of each shard epoch and sequence of the last flush that Redis has acknowledged since the pointer moved.
         self._acknowledged: dict[int, tuple[int, int]] = {}
+        self._lanes: dict[int, Lane] = {}
 
     async def advance(self, shard: int, epoch: int, owner: str, now_ns: int) -> bool:
         """Point readers at `epoch`, unless they are beyond it already (False). Deletes the replaced marks."""
@@ -212,7 +213,7 @@ class HotStateWriter:
         groups = self.layout.fill(slots, marks)
         if groups:
             key = redis_keys.marks(shard, epoch)
-            await self._send(key, [_hset(key, groups, len(slots))])
+            await self._exchange(key, [_hset(key, groups, len(slots))])
         return groups
 
     def flush(
@@ -220,8 +221,8 @@ class HotStateWriter:
     ) -> Coroutine[Any, Any, FlushOutcome]:
         """Write the changed marks and publish the frame of the first `shown_count`, by default all; it may have none.
 
-        What is sent is made at once, and sent when it is awaited. That raises redis.exceptions.RedisError, OSError; the
-        caller then counts the rows as changed again.
+        It is made at once, and leaves at once, or in a cluster when what is returned is awaited. That raises
+        redis.exceptions.RedisError, OSError; the caller then counts the rows as changed again.
         """
         shown_count = len(slots) if shown_count is None else shown_count
         groups = self.layout.fill(slots[:shown_count], marks[:shown_count])
@@ -230,10 +231,10 @@ class HotStateWriter:
         groups += self.layout.fill(slots[shown_count:], marks[shown_count:])
         commands = [_hset(key, groups, len(slots))] if groups else []
         commands.append(self._publish_command(header, frame))
-        return self._flush(header, key, commands)
+        return self._flushed(header, self._send(header.shard, key, commands))
 
-    async def _flush(self, header: FrameHeader, key: str, commands: list[list[bytes]]) -> FlushOutcome:
-        outcome = FlushOutcome((await self._send(key, commands))[-1])
+    async def _flushed(self, header: FrameHeader, sending: Coroutine[Any, Any, list[Any]]) -> FlushOutcome:
+        outcome = FlushOutcome((await sending)[-1])
         if outcome is FlushOutcome.WRITTEN:
             self._acknowledged[header.shard] = (header.epoch, header.sequence)
         return outcome
@@ -272,22 +273,24 @@ class HotStateWriter:
         frame_size = b"$%d\r\n" % sum(map(len, frame))
         return [b"*%d\r\n" % (len(arguments) + 1), head, frame_size, *frame, b"\r\n"]
 
-    async def _send(self, key: str, commands: list[list[bytes]]) -> list[Any]:
-        """Send packed commands of the key's slot on one pooled connection and read their replies."""
+    def _send(self, shard: int, key: str, commands: list[list[bytes]]) -> Coroutine[Any, Any, list[Any]]:
+        """Send a flush's packed commands, to where `key` is, on the shard's lane; brings their answers."""
+        if isinstance(self._redis, ClusterClient):
+            return self._redis.send(key, commands)
+        lane = self._lanes.get(shard)
+        if lane is None:
+            lane = self._lanes[shard] = Lane(self._redis.connection_pool)
+        return lane.send(commands)
+
+    async def _exchange(self, key: str, commands: list[list[bytes]]) -> list[Any]:
+        """Send packed commands beside flushes, to where `key` is; their answers."""
         if isinstance(self._redis, ClusterClient):
             return await self._redis.send(key, commands)
-        pool = self._redis.connection_pool
-        connection: AbstractConnection = await pool.get_connection()  # type: ignore[no-untyped-call]
+        lane = Lane(self._redis.connection_pool)
         try:
-            await connection.send_packed_command([part for command in commands for part in command])
-            answers = [await connection.read_response(disable_decoding=True) for _ in commands]
-        except BaseException:
-            # A reply left unread would answer the next command on this connection.
-            await connection.disconnect(nowait=True)
-            raise
+            return await lane.send(commands)
         finally:
-            await pool.release(connection)
-        return answers
+            await lane.release()
 
     async def write_positions(self, shard: int, epoch: int, changes: Sequence[PositionsChange]) -> bool:
         """Write positions and sectors of portfolios; False when a newer epoch owns the shard."""

@@ -505,7 +505,7 @@ def test_frames_of_marks_have_the_shown_rows_alone() -> None:
         writer.layout.place(slot, name)
     sent: list[bytes] = []
 
-    async def send_all(_: str, commands: list[list[bytes]]) -> list[int]:
+    async def send_all(_shard: int, _key: str, commands: list[list[bytes]]) -> list[int]:
         sent.extend(b"".join(command) for command in commands)
         return [2, 1]
 
