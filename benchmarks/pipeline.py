@@ -42,7 +42,7 @@ from workers.producing import EventSender
 
 FILLS_PER_S = int(os.environ.get("NAVSTREAM_PIPELINE_FILLS_PER_S", "5000"))
 DURATION_S = int(os.environ.get("NAVSTREAM_PIPELINE_S", "30"))
-EVALUATORS_COUNT = int(os.environ.get("NAVSTREAM_PIPELINE_EVALUATORS", "1"))
+EVALUATORS_COUNT = int(os.environ.get("NAVSTREAM_PIPELINE_EVALUATORS", "2"))
 QUOTES_PER_S = 500
 PORTFOLIOS_COUNT = 2_000
 POSITIONS_COUNT = 15
