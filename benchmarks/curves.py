@@ -17,7 +17,7 @@ from decimal import Decimal
 
 import uvloop
 
-from benchmarks.delivery import count
+from benchmarks.delivery import begin_count
 from benchmarks.report import RESULTS, Figure, Report, median_s, quantile
 from benchmarks.running_seed import RunningSeed, running_seed, servers
 from benchmarks.seed_load import Load, make_book, make_load, portfolio_id
@@ -108,9 +108,7 @@ async def _measured(
 
 
 async def _watched(system: RunningSeed, names: Sequence[str]) -> dict[str, float]:
-    task, flow = system.task(names, PER_SOCKET, RATE_HZ, MEASURE_S), asyncio.Event()
-    counting = asyncio.create_task(count(task, system.pids["api"], flow))
-    await flow.wait()
+    counting = await begin_count(system.task(names, PER_SOCKET, RATE_HZ, MEASURE_S), system.pids["api"])
     before = system.cpu_s()
     tally, api_s = await counting
     after = system.cpu_s()

@@ -15,7 +15,7 @@ import asyncpg
 import psutil
 import uvloop
 
-from benchmarks.delivery import count
+from benchmarks.delivery import begin_count
 from benchmarks.report import Figure, Report, quantile
 from benchmarks.running_seed import LOG_ID, SHARDS, running_seed, servers, shard_of
 from benchmarks.seed_load import ASSET_COLUMNS, ASSETS_COUNT, Load, make_load, portfolio_id
@@ -53,11 +53,7 @@ async def _run(children: ChildProcesses, settings: Settings) -> None:
     async with running_seed(children, settings, load, QUOTES_PER_S, prepared=True) as system:
         report.add(Figure("start of the evaluator to marks of all portfolios", system.start_s, "s"))
         await asyncio.sleep(WARM_UP_S)
-        flow = asyncio.Event()
-        counting = asyncio.create_task(
-            count(system.task(names, PER_SOCKET, RATE_HZ, MEASURE_S), system.pids["api"], flow)
-        )
-        await flow.wait()
+        counting = await begin_count(system.task(names, PER_SOCKET, RATE_HZ, MEASURE_S), system.pids["api"])
         before = system.cpu_s()
         tally, _ = await counting
         used = {role: (after - before[role]) / MEASURE_S for role, after in system.cpu_s().items()}

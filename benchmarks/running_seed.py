@@ -40,6 +40,7 @@ from engine.stores.shards_postgres import Shards
 SHARDS = 4
 LOG_ID = "bench"
 SOCKETS_PER_SUBJECT = 10_000
+START_TIMEOUT_S = 60
 READY_TIMEOUT_S = 600  # a million portfolios have fifteen million positions to write
 QUERY = """subscription Nav($id: String!) {
   navUpdates(portfolioId: $id, maxRateHz: %g) { kind nav cash positionsValue quality asOf sequence latencyMs } }"""
@@ -109,13 +110,14 @@ async def running_seed(
         argv = [sys.executable, "-m", "navstream", *arguments]
         started[arguments[0]] = children.spawn(arguments[0], argv, env=environment)
 
-    begun_s = time.monotonic()
+    begun_s, begun_ns = time.monotonic(), time.time_ns()
     try:
         start("evaluator")
         start("api")
         async with market(load, quotes_per_s) as url:
             start("quotes", "--feed", f"ws:{url}")
-            await _until_published(settings)
+            await listens(settings.port, started["api"])
+            await _until_published(settings, begun_ns)
             pids = {role: process.pid for role, process in started.items()}
             yield RunningSeed(settings, pids, time.monotonic() - begun_s)
     finally:
@@ -175,12 +177,29 @@ def _quote(load: Load, asset: int, sequence: int, steps: int) -> str:
     return orjson.dumps(quote).decode()
 
 
-async def _until_published(settings: Settings) -> None:
+async def listens(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Wait until a server takes connections."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while True:
+        assert server.poll() is None and time.monotonic() < deadline_s, "the server did not start"
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            await asyncio.sleep(0.1)
+        else:
+            writer.close()
+            await asyncio.sleep(1)
+            return
+
+
+async def _until_published(settings: Settings, since_ns: int) -> None:
+    """Until each shard was published since then: another system may have left its own behind."""
     client = redis.asyncio.Redis.from_url(settings.redis_url, protocol=3)
     async with asyncio.timeout(READY_TIMEOUT_S):
         while True:
-            owners = [await client.hget(redis_keys.shard(shard), "owner") for shard in range(SHARDS)]
-            if all(owners) and await client.hlen(redis_keys.PRICES) == ASSETS_COUNT:
+            updated = [await client.hget(redis_keys.shard(shard), "updated_at_ns") for shard in range(SHARDS)]
+            is_published = all(int(at_ns or 0) >= since_ns for at_ns in updated)
+            if is_published and await client.hlen(redis_keys.PRICES) == ASSETS_COUNT:
                 break
             await asyncio.sleep(0.1)
     await client.aclose()

@@ -18,7 +18,7 @@ import sys
 import orjson
 import uvloop
 
-from benchmarks.delivery import count
+from benchmarks.delivery import begin_count
 from benchmarks.report import Figure, Report, quantile
 from benchmarks.running_seed import RunningSeed, running_seed, servers
 from benchmarks.seed_load import ASSETS_COUNT, POSITIONS_COUNT, make_load, portfolio_id
@@ -44,10 +44,7 @@ async def _run(children: ChildProcesses, settings: Settings) -> None:
         report.add(Figure("start of an evaluator with 300,000 positions to marks", system.start_s, "s"))
         await asyncio.sleep(WARM_UP_S)
         names = [portfolio_id(number) for number in range(SUBSCRIPTIONS)]
-        task = system.task(names, PER_SOCKET, RATE_HZ, MEASURE_S)
-        flow = asyncio.Event()
-        counting = asyncio.create_task(count(task, system.pids["api"], flow))
-        await flow.wait()
+        counting = await begin_count(system.task(names, PER_SOCKET, RATE_HZ, MEASURE_S), system.pids["api"])
         before = system.cpu_s()
         latencies = await _dashboards(system)
         used = {role: (after - before[role]) / MEASURE_S for role, after in system.cpu_s().items()}
