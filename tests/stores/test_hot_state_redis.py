@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
+import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.exceptions import RedisError
@@ -30,9 +31,9 @@ NOW_NS = 1_700_000_000_000_000_000
 
 @pytest.fixture
 async def client(either_redis: str) -> AsyncIterator[RedisClient]:
-    redis = connect_redis(Settings(redis_url=either_redis, redis_timeout_s=5), "test")
-    yield redis
-    await redis.aclose()
+    client = connect_redis(Settings(redis_url=either_redis, redis_timeout_s=5), "test")
+    yield client
+    await client.aclose()
 
 
 @pytest.fixture
@@ -104,6 +105,20 @@ async def test_a_flush_of_some_slots_leaves_the_other_marks(client: RedisClient)
     expected = dict(zip(names, marks_of(len(names)), strict=True))
     expected |= dict(zip([names[slot] for slot in chosen], marks_of(len(chosen), first=5_000), strict=True))
     assert stored == {name.encode(): row.tobytes() for name, row in expected.items()}
+
+
+async def test_a_flush_to_a_server_is_there_before_anybody_waits(redis_db: str) -> None:
+    client = connect_redis(Settings(redis_url=redis_db, redis_timeout_s=5), "test")
+    writer = HotStateWriter(client)
+    slots = place(writer, [f"p-{number:06d}" for number in range(600)])  # more than an event loop keeps back
+    await writer.advance(SHARD, 1, "me", NOW_NS)
+    assert await writer.flush(header(1, 1), slots[:1], marks_of(1)) is FlushOutcome.WRITTEN
+    flushing = writer.flush(header(1, 2), slots, marks_of(600), 0)
+    with redis.Redis.from_url(redis_db) as other:
+        # The event loop has no turn meanwhile.
+        assert any(other.hlen(redis_keys.marks(SHARD, 1)) == 600 for _ in range(1_000))
+    assert await flushing is FlushOutcome.WRITTEN
+    await client.aclose()
 
 
 @given(st.permutations(range(200)), st.lists(st.integers(1, 20), min_size=200, max_size=200))
